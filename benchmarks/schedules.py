@@ -16,35 +16,41 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 SKIP, SOFT, SMOOTH = "ghost_skip", "soft_activation", "label_smoothing"
-INIT = {"kind": "rescaled_init", "iterations": 20}
-SETTINGS: dict[str, list[dict]] = {
+
+
+def skip(until: float, **rest: Any) -> dict[str, Any]:
+    return {"kind": SKIP, "until": f"{until}dur", **rest}
+
+
+def soft(until: float, end: float = 10, **rest: Any) -> dict[str, Any]:
+    return {"kind": SOFT, "until": f"{until}dur", "beta": [1, end], **rest}
+
+
+def smooth(alpha: float = 0.1) -> dict[str, Any]:
+    return {"kind": SMOOTH, "alpha": alpha}
+
+
+def init(iterations: int = 20, **rest: Any) -> dict[str, Any]:
+    return {"kind": "rescaled_init", "iterations": iterations, **rest}
+
+
+GEOMETRIC = {"schedule": "geometric"}
+SETTINGS: dict[str, list[dict[str, Any]]] = {
     "plain": [],
-    "skip 0.15": [{"kind": SKIP, "until": "0.15dur"}],
-    "skip 0.3": [{"kind": SKIP, "until": "0.3dur"}],
-    "soft 0.5": [{"kind": SOFT, "until": "0.5dur"}],
-    "soft 0.75": [{"kind": SOFT, "until": "0.75dur"}],
-    "smooth": [{"kind": SMOOTH}],
-    "init": [INIT],
-    "soft 0.5, smooth, init": [{"kind": SOFT, "until": "0.5dur"}, {"kind": SMOOTH}, INIT],
-    "skip 0.15, init": [{"kind": SKIP, "until": "0.15dur"}, INIT],
-    "skip 0.3, soft 0.75, smooth": [
-        {"kind": SKIP, "until": "0.3dur"},
-        {"kind": SOFT, "until": "0.75dur"},
-        {"kind": SMOOTH},
-    ],
-    "skip 0.5, soft 0.5, smooth": [
-        {"kind": SKIP, "until": "0.5dur"},
-        {"kind": SOFT, "until": "0.5dur"},
-        {"kind": SMOOTH},
-    ],
-    "skip 0.3, soft 0.75, smooth, init": [
-        {"kind": SKIP, "until": "0.3dur"},
-        {"kind": SOFT, "until": "0.75dur"},
-        {"kind": SMOOTH},
-        INIT,
-    ],
+    "skip 0.1": [skip(0.1)],
+    "skip 0.15": [skip(0.15)],
+    "skip 0.2": [skip(0.2)],
+    "skip 0.3": [skip(0.3)],
+    "soft 0.5 to 10": [soft(0.5)],
+    "soft 0.75 to 10": [soft(0.75)],
+    "soft 0.3 to 100": [soft(0.3, 100, **GEOMETRIC)],
+    "soft 0.6 to 100": [soft(0.6, 100, **GEOMETRIC)],
+    "smooth 0.1": [smooth()],
+    "init": [init()],
+    "skip 0.15, soft 0.3 to 100": [skip(0.15), soft(0.3, 100, **GEOMETRIC)],
 }
 
 
@@ -57,6 +63,7 @@ def cell(out: Path, setting: str, seed: int, args: argparse.Namespace) -> float:
             "mask": {**({"batches": 2} if args.mask == "snip" else {}), "kind": args.mask,
                      "sparsity": args.sparsity, "on_collapse": "keep_one"}, "duration": f"{args.epochs}ep",
             "data": {"name": "cifar10", "limit": args.limit, "validation": 5000, "batch_size": args.batch_size},
+            "precision": args.precision,
         }  # fmt: skip
         code = (
             "import json,sys,torch; from tost_plugins.recipe import Recipe; from tost_plugins.train import train;"
@@ -80,12 +87,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=10000)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=list(SETTINGS))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    cells = [(setting, seed) for seed in range(args.seeds) for setting in args.only]
+    cells = [(setting, seed) for seed in range(args.seed, args.seed + args.seeds) for setting in args.only]
     with ThreadPoolExecutor(args.jobs) as pool:
         found = dict(zip(cells, pool.map(lambda c: cell(args.out, *c, args), cells), strict=True))
     with (args.out / "schedules.csv").open("w", newline="") as file:
@@ -93,7 +102,7 @@ def main() -> None:
         writer.writerow(["setting", "seed", "validation_accuracy"])
         writer.writerows([setting, seed, f"{accuracy:.2f}"] for (setting, seed), accuracy in found.items())
     for setting in args.only:
-        values = [found[setting, seed] for seed in range(args.seeds)]
+        values = [found[setting, seed] for seed in range(args.seed, args.seed + args.seeds)]
         print(f"{setting:40s} {statistics.mean(values):6.2f}  {' '.join(f'{v:.2f}' for v in values)}")
 
 

@@ -107,6 +107,7 @@ class Recipe(_Strict):
     schedule: ScheduleSpec = ScheduleSpec()
     duration: TimeField = Time(10, "ep")
     trainer: Literal["composer", "transformers", "accelerate", "torch"] = "torch"
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str | None = None) -> Recipe:

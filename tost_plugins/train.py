@@ -70,6 +70,11 @@ class Job:
     def checkpoints(self) -> Path:
         return self.out / "checkpoints"
 
+    def forward(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """The logits, float32, computed in the recipe's precision; weights and gradients are float32 in either."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            return model(images).float()
+
     def optimizer(self, params: Any) -> Optimizer:
         """The recipe's optimizer."""
         spec = self.recipe.optimizer
@@ -136,7 +141,7 @@ class Job:
         model.eval()
         loader = data.Loader(split, 500, seed=0, shuffle=False, augment=None, mean=self.data.mean, std=self.data.std)
         for images, labels in loader:
-            logits, labels = model(images.to(self.device)), labels.to(self.device)
+            logits, labels = self.forward(model, images.to(self.device)), labels.to(self.device)
             right += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         model.train(was)

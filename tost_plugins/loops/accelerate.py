@@ -40,7 +40,7 @@ def run(job: Job, resume: bool) -> Session:
     loss_fn = tost.criterion(F.cross_entropy)
     model.train()
     for images, labels in job.batches(step):
-        loss = loss_fn(model(images), labels)
+        loss = loss_fn(job.forward(model, images), labels)
         accelerator.backward(loss)
         optimizer.step()
         scheduler.step()

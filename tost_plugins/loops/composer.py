@@ -44,13 +44,24 @@ class _Watch(Callback):
             raise Stopped(f"stopped at step {int(state.timestamp.batch)} of {job.total_steps}")
 
 
+class _Classifier(ComposerClassifier):
+    """Composer knows bf16 on GPUs only: the forward pass casts by itself, the same in every trainer."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job.model, num_classes=job.data.classes, loss_fn=_loss)
+        self.job = job
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.job.forward(self.module, batch[0])
+
+
 def _loss(outputs: Any, target: Tensor) -> Tensor:
     return F.cross_entropy(outputs, target)
 
 
 def run(job: Job, resume: bool) -> Session:
     """Train, from the last checkpoint with `resume`."""
-    model = ComposerClassifier(job.model, num_classes=job.data.classes, loss_fn=_loss)
+    model = _Classifier(job)
     optimizer = job.optimizer(model.parameters())
     algorithm = TostAlgorithm(job.recipe, mask=job.mask)
     watch = _Watch(job, algorithm)

@@ -36,7 +36,7 @@ def run(job: Job, resume: bool) -> Session:
     model.train()
     with session.drive(optimizer, job.loader, F.cross_entropy, job.total_steps, job.steps_per_epoch):
         for images, labels in job.batches(step):
-            loss = loss_fn(model(images), labels)
+            loss = loss_fn(job.forward(model, images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

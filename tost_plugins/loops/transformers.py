@@ -19,12 +19,12 @@ from tost_plugins.train import Job, Stopped
 class _Named(nn.Module):
     """Our networks take a tensor; the Trainer passes a batch's columns by name."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, job: Job) -> None:
         super().__init__()
-        self.module = module  # this name is a wrapper's to every mask: weights keep theirs
+        self.job, self.module = job, job.model  # this name is a wrapper's to every mask: weights keep theirs
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        return {"logits": self.module(pixel_values)}
+        return {"logits": self.job.forward(self.module, pixel_values)}
 
 
 class _Columns:
@@ -82,7 +82,7 @@ class _Watch(TrainerCallback):
 
 def run(job: Job, resume: bool) -> Session:
     """Train, from the last checkpoint with `resume`."""
-    model = _Named(job.model)
+    model = _Named(job)
     optimizer = job.optimizer(model.parameters())
     tost = TostCallback(job.recipe, mask=job.mask)
     watch = _Watch(job, tost)
