@@ -389,9 +389,7 @@ class Session:
 
     def _find_mask(self, task: Task) -> Mask:
         if self.given_mask is not None:
-            return revive(
-                self.given_mask.fit(task.params), task.params, getattr(self.recipe.mask, "on_collapse", "error")
-            )
+            return self._given(task.params)
         try:
             return masks.run(self.recipe.mask, task, self.recipe.seed)
         except TostError as error:
@@ -407,7 +405,22 @@ class Session:
             clock.steps_per_epoch if per_epoch is None else per_epoch,
         )
         self._check_times(self.clock)
+        self._impose()
         self._refresh()
+
+    def _given(self, params: dict[str, nn.Parameter]) -> Mask:
+        assert self.given_mask is not None
+        return revive(self.given_mask.fit(params), params, getattr(self.recipe.mask, "on_collapse", "error"))
+
+    def _impose(self) -> None:
+        """A given mask that stays stands above a checkpoint's: a lottery ticket goes on from an early, denser state."""
+        if self.given_mask is None or hasattr(self.recipe.mask, "update"):
+            return
+        mask, saved = self._given(self._params()), buffers.masks(self.model, self.recipe.mask.ignore)
+        if mask != (loaded := Mask(saved)):
+            say(f"the given mask (sparsity {mask.sparsity:.4f}) replaces the checkpoint's ({loaded.sparsity:.4f})")
+        for name, buffer in saved.items():
+            buffer.copy_(mask[name])
 
     def _refresh(self) -> None:
         """Take the mask from the model's buffers (keep it, once finished), and bring all else in line."""

@@ -17,6 +17,7 @@ from tost_plugins.masks.base import MaskMethod
 from tost_plugins.masks.file import File
 from tost_plugins.masks.from_zeros import FromZeros
 from tost_plugins.masks.grasp import Grasp
+from tost_plugins.masks.lottery_ticket import LotteryTicket
 from tost_plugins.masks.magnitude import Magnitude
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.random import Random
@@ -36,6 +37,7 @@ MASKS: dict[str, type] = {
     "snip": Snip,
     "grasp": Grasp,
     "synflow": SynFlow,
+    "lottery_ticket": LotteryTicket,
 }
 
 
