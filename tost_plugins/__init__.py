@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from tost_plugins.session import Session
 
 __version__ = "0.1.0"
-__all__ = ["LotteryTicket", "Mask", "Recipe", "Session", "TostAlgorithm", "TostCallback", "TostError", "TostHook", "masks"]
+__all__ = [
+    "LotteryTicket",
+    "Mask",
+    "Recipe",
+    "Session",
+    "TostAlgorithm",
+    "TostCallback",
+    "TostError",
+    "TostHook",
+    "masks",
+]
 
 _HOME = {
     "LotteryTicket": "masks.lottery_ticket",

@@ -128,6 +128,8 @@ class LotteryTicket:
     def _counts(self, mask: Mask, sparsity: float) -> dict[str, int] | int:
         alive, total = {name: int(keep.sum()) for name, keep in mask.items()}, kept_count(sparsity, mask.size)
         if total > mask.kept:
-            raise TostError(f"expected a sparsity of at least {mask.sparsity:g}, got {sparsity:g}; pruned weights stay so")
+            raise TostError(
+                f"expected a sparsity of at least {mask.sparsity:g}, got {sparsity:g}; pruned weights stay so"
+            )
         shares = allocate(self.allocation, {name: (count,) for name, count in alive.items()}, 1 - total / mask.kept)
         return total if shares is None else shares

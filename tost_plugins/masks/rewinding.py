@@ -131,7 +131,9 @@ def _check(ticket: LotteryTicket, out: Path, resume: bool) -> None:
     if ranks.world() > 1:
         raise TostError("LotteryTicket.run: expected one process, got several; call it in one")
     if path.exists() and not resume:
-        raise TostError(f"LotteryTicket.run: expected a new folder, got {str(out)!r} with rounds in it; pass resume=True")
+        raise TostError(
+            f"LotteryTicket.run: expected a new folder, got {str(out)!r} with rounds in it; pass resume=True"
+        )
     if path.exists() and json.loads(path.read_text()) != json.loads(settings):
         raise TostError(
             f"LotteryTicket.run: expected the ticket that {out} was started with, got another one; "
