@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from tost_plugins.recipe import Recipe
 from tost_plugins.session import session_of
 from tost_plugins.train import Stopped, train
 
+ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = ("torch", "composer", "transformers", "accelerate")
 #: Two epochs of 3 steps in each of 3 rounds; the rewind is to the middle of an epoch.
 STEPS, REWIND, ROUNDS = 6, 2, 3
@@ -543,6 +545,16 @@ def with_accelerate(model: nn.Module, mask: Mask, data: Any, folder: Path) -> No
 
 
 WITH = {"composer": with_composer, "transformers": with_transformers, "accelerate": with_accelerate}
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/lottery.md").read_text(), re.DOTALL)
+    shown: dict[str, Any] = {}
+    exec(block, shown)
+    assert Mask.load("tickets/round-08/mask.safetensors") == Mask.from_zeros(prunable(shown["net"]))
+    assert shown["rows"][-1]["sparsity"] == pytest.approx(0.8, abs=1e-3) and len(shown["rows"]) == 9
+    assert len(LotteryTicket(sparsity=0.95).sparsities()) == 1 + 14
 
 
 # ---- the command, and what is refused

@@ -258,7 +258,10 @@ def _progress(silent: bool) -> Iterator[Listener | None]:
             elif event == "step":
                 bar.update(task, completed=values["step"], total=values["total"])
             elif event == "round":
-                text = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in values.items())
+                shown = {
+                    key: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for key, value in values.items()
+                }
+                text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
                 bar.console.print(text, highlight=False)
             elif event == "epoch":
                 bar.update(task, description=f"epoch {values['epoch']:g}  accuracy {values['accuracy']:.2f}")

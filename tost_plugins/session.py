@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -408,7 +408,7 @@ class Session:
         self._impose()
         self._refresh()
 
-    def _given(self, params: dict[str, nn.Parameter]) -> Mask:
+    def _given(self, params: Mapping[str, nn.Parameter]) -> Mask:
         assert self.given_mask is not None
         return revive(self.given_mask.fit(params), params, getattr(self.recipe.mask, "on_collapse", "error"))
 

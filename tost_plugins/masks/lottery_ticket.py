@@ -112,7 +112,7 @@ class LotteryTicket:
 
         Example:
             >>> import tempfile
-            >>> net, x = nn.Linear(8, 2), torch.randn(16, 8)
+            >>> net, x = nn.Linear(10, 10), torch.randn(16, 10)
             >>> def train(model, round):
             ...     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
             ...     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
@@ -121,7 +121,7 @@ class LotteryTicket:
             ...         optimizer.step(), schedule.step(), optimizer.zero_grad()
             >>> rows = LotteryTicket(sparsity=0.5, rewind="2ba").run(net, train, tempfile.mkdtemp())
             >>> [row["kept_weights"] for row in rows], int(net.weight.count_nonzero())
-            ([16, 13, 10, 8], 8)
+            ([100, 80, 64, 51, 50], 50)
         """
         return rewinding.run(self, model, train, Path(out), resume, save_every)
 
