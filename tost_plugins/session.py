@@ -67,7 +67,7 @@ class Session:
     """A sparse training run: `attach`, then `start`, `before_step` / `after_step` around every step, then `finish`.
 
     Adapters and `drive` make these calls. `recipe` is a Recipe, a dict, a path or the name of a shipped recipe; `mask`
-    is a Mask to use instead of the recipe's. Calls out of order raise TostError.
+    is a Mask to use instead of the recipe's, and of a loaded checkpoint's. Calls out of order raise TostError.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))

@@ -114,8 +114,8 @@ def run(
         done, weights = folder / "result.json", folder / "model.pt"
         if not done.exists():
             _begin(bare, out / "initial.pt", mask, params)
-            scores = _scores(number, train(model, Round(ticket, model, number, folder, mask, save_every)))
-            _conclude(ticket, number, out, mask, params)
+            scores = _scores(train(model, Round(ticket, model, number, folder, mask, save_every)))
+            _conclude(ticket, out, mask, params)
             _save(weights, (bare,), -1)
             write(done, json.dumps(scores))
         bare.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["parts"][0])
@@ -151,27 +151,27 @@ def _begin(model: nn.Module, initial: Path, mask: Mask, params: Mapping[str, nn.
     rng.restore(saved["rng"])
 
 
-def _scores(number: int, returned: Any) -> dict[str, float]:
+def _scores(returned: Any) -> dict[str, float]:
     try:
         return {str(name): float(value) for name, value in ({} if returned is None else returned).items()}
     except (AttributeError, TypeError, ValueError):
         raise TostError(
-            f"round {number}: expected a dict of numbers or None from the training function, got {returned!r}; "
+            f"expected a dict of numbers or None from the training function, got {returned!r}; "
             f"return {{'accuracy': ...}}"
         ) from None
 
 
-def _conclude(ticket: LotteryTicket, number: int, out: Path, mask: Mask, params: Mapping[str, nn.Parameter]) -> None:
+def _conclude(ticket: LotteryTicket, out: Path, mask: Mask, params: Mapping[str, nn.Parameter]) -> None:
     """Check the promises: zeros outside the mask, and an early state where one is to be rewound to."""
     for name, keep in mask.items():
         if bool(params[name].detach().cpu()[~keep].any()):
             raise TostError(
-                f"round {number}: expected zeros outside the mask after training, got others in {name}; loop over "
+                f"expected zeros outside the mask after training, got others in {name}; loop over "
                 f"round.steps(...), or give round.mask to the session or adapter that trains"
             )
     if ticket.rewind.value and not (out / "early.pt").exists():
         raise TostError(
-            f"round {number}: expected the state at {str(ticket.rewind)!r} to be kept, got none; loop over "
+            f"expected the state at {str(ticket.rewind)!r} to be kept, got none; loop over "
             f"round.steps(...), or use rewind='0ba' or tost lottery"
         )
 

@@ -25,17 +25,17 @@ Train = Callable[[int, Path, Mask], tuple[Mapping[str, Tensor], Mapping[str, Any
 def each(ticket: LotteryTicket, dense: Mask, out: Path, train: Train) -> Iterator[Row]:
     """Train round after round; yields each one's row, once it is in `out`/lottery.csv.
 
-    A round's mask is in its folder before it begins, so that it is there whenever a killed round goes on.
+    Errors say in which round. A round's mask is in its folder before it begins, for whoever looks at a killed one.
     """
     mask, weights, rows = dense, {}, []
     for number, sparsity in enumerate(ticket.sparsities()):
         folder = out / f"round-{number:02d}"
         try:
             mask = ticket.next(mask, weights, sparsity) if number else dense
+            mask.save(folder / "mask.safetensors")
+            weights, scores = train(number, folder, mask)
         except TostError as error:
             raise error.at(f"round {number}") from None
-        mask.save(folder / "mask.safetensors")
-        weights, scores = train(number, folder, mask)
         rows.append({"round": number, "sparsity": mask.sparsity, "kept_weights": mask.kept, **scores})
         _write_table(out / "lottery.csv", rows)
         yield rows[-1]
