@@ -15,7 +15,7 @@ from composer.utils import ensure_tuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tost_plugins.clock import Clock
+from tost_plugins.clock import Clock, times_of
 from tost_plugins.errors import TostError
 from tost_plugins.masks.mask import Mask
 from tost_plugins.params import unwrap
@@ -139,10 +139,16 @@ class TostAlgorithm(Algorithm):
 
     def _start(self, state: State, logger: Logger, clock: Clock | None) -> None:
         model: Any = unwrap(state.model)
+        inner = getattr(state.optimizers[0], "base_optimizer", state.optimizers[0])  # what SAM is wrapped around
+        if inner is not state.optimizers[0] and self.session.moving is not None:
+            raise TostError(
+                f"TostAlgorithm: mask {self.recipe.mask.kind}: expected one gradient for each step, got SAM, which takes "
+                f"two; leave SAM out, or use a mask that does not move"
+            )
         if self.session.state == "attached":
             logger.log_hyperparameters({"tost": self.recipe.to_dict()})
         self.session.start(
-            getattr(state.optimizers[0], "base_optimizer", state.optimizers[0]),  # what SAM is wrapped around
+            inner,
             _batches(state),
             clock=clock,
             forward=lambda call, batch: call(batch),
@@ -242,7 +248,8 @@ def _clock(state: State, session: Session) -> Clock:
     per_epoch, duration = state.dataloader_len and int(state.dataloader_len), state.max_duration
     assert duration is not None, "a duration is set whenever Composer starts"
     scales = {TimeUnit.BATCH: 1, TimeUnit.EPOCH: per_epoch}
-    shares = [str(tweak.until) for tweak in session.tweaks if str(getattr(tweak, "until", "")).endswith("dur")]
+    parts = (session.recipe.mask, *session.tweaks)
+    shares = [str(time) for part in parts for time in times_of(part).values() if time.unit == "dur"]
     if duration.unit not in scales and shares and session.state != "finished":
         raise TostError(
             f"TostAlgorithm: expected max_duration in epochs or batches, since the recipe says {shares[0]!r}, got "

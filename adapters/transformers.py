@@ -127,7 +127,8 @@ class TostCallback(TrainerCallback, ExportableState):
         loader = kwargs["train_dataloader"]
         per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps) if hasattr(loader, "__len__") else None
         session.start(kwargs["optimizer"], loader, clock=Clock(state.global_step, state.max_steps, per_epoch))
-        times = [tweak.until for tweak in session.tweaks if hasattr(tweak, "until") and session.state == "running"]
+        parts = (session.recipe.mask, *session.tweaks) if session.state == "running" else ()
+        times = [part.until for part in parts if hasattr(part, "until")]
         self._plain_from = max([time.steps(session.clock) for time in times], default=0)
         if args.load_best_model_at_end and self._plain_from:
             say(f"load_best_model_at_end: the best from step {self._plain_from} on, where the network is the plain one")

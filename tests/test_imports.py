@@ -14,20 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The lowest first: a module imports from its own layer and from lower ones.
 LAYERS = [
     {"errors"},
-    {
-        "clock",
-        "schedules",
-        "params",
-        "ranks",
-        "log",
-        "task",
-        "surgery",
-        "optional",
-        "buffers",
-        "optimizing",
-        "rng",
-        "files",
-    },
+    {"clock", "schedules", "params", "ranks", "log", "task", "surgery", "optional", "buffers", "optimizing"}
+    | {"rng", "files"},
     {"masks", "tweaks"},
     {"session"},
     {"hooks", "recipe", "study", "report", "export"},

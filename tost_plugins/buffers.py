@@ -9,30 +9,36 @@ import torch
 from torch import Tensor, nn
 
 from tost_plugins.clock import Clock
+from tost_plugins.masks.base import MaskMethod, Moving
 from tost_plugins.params import device_of, owners, plain_modules, prunable
 
 MASK, CLOCK = "weight_mask", "tost_clock"
-_OURS = (MASK, CLOCK, "alpha", "tost_beta")
+SEEN, HIDDEN = "weight_seen", "weight_hidden"  # of masks that move: what was ever kept, and what trains out of sight
+_OURS = (MASK, SEEN, HIDDEN, CLOCK, "alpha", "tost_beta")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
-def add(model: nn.Module, ignore: tuple[str, ...], known: set[str]) -> Callable[[], None]:
-    """Register a dense mask beside every prunable weight and an unstarted clock at the root.
+def add(model: nn.Module, method: MaskMethod, known: set[str]) -> Callable[[], None]:
+    """Register a dense mask beside every prunable weight, what a moving mask needs, and an unstarted clock at the root.
 
     `known` are the buffers that were there before the session; the others need not travel in every forward of DDP.
     Returns what takes all of it away again.
     """
-    params = prunable(model, ignore)
+    params = prunable(model, method.ignore)
     for name, module in owners(model, params).items():
         module.register_buffer(MASK, torch.ones_like(params[name], dtype=torch.bool))
+        if isinstance(method, Moving):
+            module.register_buffer(SEEN, torch.zeros_like(params[name], dtype=torch.bool))
+        if isinstance(method, Moving) and method.hides:
+            module.register_buffer(HIDDEN, torch.zeros_like(params[name]).detach())
     model.register_buffer(CLOCK, torch.full((3,), -1, dtype=torch.int64, device=device_of(model)))
     hook = model.register_load_state_dict_pre_hook(_accept_plain)
     give_back = _exempt_from_ddp(model, names(model) - known)
 
     def remove() -> None:
         for _, module in plain_modules(model):
-            if MASK in module._buffers:
-                delattr(module, MASK)
+            for name in {MASK, SEEN, HIDDEN} & module._buffers.keys():
+                delattr(module, name)
         delattr(model, CLOCK)
         hook.remove()
         give_back()
@@ -45,9 +51,9 @@ def names(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_buffers()}
 
 
-def masks(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, Tensor]:
-    """Name of a weight -> its mask buffer."""
-    return {name: getattr(module, MASK) for name, module in owners(model, prunable(model, ignore)).items()}
+def beside(model: nn.Module, params: dict[str, nn.Parameter], which: str = MASK) -> dict[str, Tensor]:
+    """Name of a weight -> the buffer beside it: MASK, SEEN or HIDDEN."""
+    return {name: getattr(module, which) for name, module in owners(model, params).items()}
 
 
 def read_clock(model: nn.Module) -> Clock | None:
@@ -86,7 +92,7 @@ def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
     """Let weights of the plain network load into an attached one: what it does not have stays as it is."""
     if f"{prefix}{CLOCK}" in state_dict:
         return
-    parts = (f".{MASK}", ".ghost_skip.", "tost_")
+    parts = (f".{MASK}", f".{SEEN}", f".{HIDDEN}", ".ghost_skip.", "tost_")
     for name, value in module.state_dict().items():
         if any(part in f".{name}" for part in parts):
             state_dict.setdefault(prefix + name, value)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
@@ -84,6 +84,12 @@ class Time:
     def __str__(self) -> str:
         whole = self.value == int(self.value)
         return f"{int(self.value) if whole else self.value}{self.unit}"  # all digits: it is read again
+
+
+def times_of(settings: Any) -> dict[str, Time]:
+    """Name -> value of those fields of a mask method or a tweak that are times."""
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    return {name: value for name, value in values.items() if isinstance(value, Time)}
 
 
 def _parsed(value: object) -> Time:

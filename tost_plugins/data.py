@@ -5,7 +5,6 @@ Images are held as one uint8 tensor per split, so that a batch is an index, a cr
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tost_plugins.errors import wrong
+from tost_plugins.seeds import generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,14 +162,14 @@ class Loader:
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.arange(len(self.dataset))
         if self.shuffle:
-            order = torch.randperm(len(order), generator=_generator(self.seed, epoch))
+            order = torch.randperm(len(order), generator=generator(self.seed, epoch))
         mine = slice(self.rank, None, self.world)
         for number in range(start, len(self)):
             batch = order[number * self.batch_size : (number + 1) * self.batch_size]
             images = self.dataset.images[batch[mine]]
             if self.augment is not None:
                 # Drawn for the images of all ranks, so that any number of ranks together see the same.
-                choices = self.augment.draw(len(batch), _generator(self.seed, epoch, number))
+                choices = self.augment.draw(len(batch), generator(self.seed, epoch, number))
                 images = self.augment.apply(images, choices[mine])
             images = images.float().contiguous(memory_format=torch.channels_last)  # convolutions are faster so
             yield images.mul_(self._scale).add_(self._shift), self.dataset.labels[batch[mine]]
@@ -189,9 +189,3 @@ class Loader:
         if (means, stds) != (channels, channels):
             expected = f"{channels} means and stds, one per channel"
             raise wrong("Loader", expected, (means, stds), "take them from the same Data")
-
-
-def _generator(*key: int) -> torch.Generator:
-    """A generator for each key; hashed, since it takes 32 bits of a seed and like seeds begin alike."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tost_plugins import buffers
 from tost_plugins.errors import TostError
 from tost_plugins.masks.mask import read_tensors
 from tost_plugins.params import clean_name
@@ -73,7 +74,8 @@ def _number(path: Path) -> int:
 
 
 def _is_ours(name: str) -> bool:
-    return ".ghost_skip." in f".{name}" or name.rsplit(".", 1)[-1] in ("weight_mask", "tost_clock", "tost_beta")
+    own = (buffers.MASK, buffers.SEEN, buffers.HIDDEN, buffers.CLOCK, "tost_beta")
+    return ".ghost_skip." in f".{name}" or name.rsplit(".", 1)[-1] in own
 
 
 def _is_live(name: str, value: Tensor) -> bool:

@@ -16,17 +16,25 @@ def hook(session: Session) -> Callable[[], None]:
     """Make every step of the session's (started) optimizer a step of the session; returns what removes the hooks.
 
     The hooks sit on the innermost torch optimizer, so wrappers, gradient accumulation and steps that a loss scaler
-    skips need no care. With `optimizer.step(closure)` gradients do not exist yet when the step begins: only the
-    weights are masked then.
+    skips need no care. With `optimizer.step(closure)` the closure is followed by the session's `before_step`, each time
+    that the optimizer calls it.
     """
     optimizer = session.optimizer
     assert optimizer is not None, "hook() comes after start()"
 
-    def before(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        _, closure = (*args, kwargs.get("closure"), None)[:2]  # the optimizer itself comes first
+    def before(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        # a fused optimizer gets scaled gradients, and skips by itself a step in which they overflow
+        check_finite = getattr(optimizer, "found_inf", None) is None
+        _, closure, *_ = *args, kwargs.get("closure"), None  # the optimizer itself comes first
         if closure is None:
-            # a fused optimizer gets scaled gradients, and skips by itself a step in which they overflow
-            session.before_step(check_finite=getattr(optimizer, "found_inf", None) is None)
+            return session.before_step(check_finite)
+
+        def gradients() -> Any:
+            loss = closure()
+            session.before_step(check_finite)
+            return loss
+
+        return args[:1], {**kwargs, "closure": gradients}
 
     def after(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         if not getattr(optimizer, "found_inf", None):

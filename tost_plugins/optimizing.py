@@ -67,6 +67,13 @@ def mask_gradients(masked: Sequence[Masked]) -> None:
             param.grad.mul_(mask)
 
 
+def drop_gradients(optimizer: Optimizer) -> None:
+    """Make the step that follows change nothing: optimizers pass over parameters without a gradient."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = None
+
+
 def not_finite(model: nn.Module, optimizer: Optimizer) -> list[str]:
     """The names of parameters whose gradients hold NaN or Inf."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tost_plugins import buffers, masks, optimizing
-from tost_plugins.clock import Clock
+from tost_plugins import buffers, masks, moving, optimizing
+from tost_plugins.clock import Clock, times_of
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.log import say
+from tost_plugins.masks.base import Moving
 from tost_plugins.masks.keep import revive
 from tost_plugins.masks.mask import Mask
 from tost_plugins.params import clean_name, prunable, some, unwrap
@@ -83,6 +84,7 @@ class Session:
 
         self.model, self.recipe, self.given_mask = model, Recipe.of(recipe), mask
         self.state = "new"
+        self.moving = self.recipe.mask if isinstance(self.recipe.mask, Moving) else None
         self.tweaks: list[Tweak] = list(self.recipe.tweaks)
         self.left_out: list[str] = []
         self.clock = Clock()
@@ -91,6 +93,10 @@ class Session:
         self.smoothing_remedy = "make the training loss with session.criterion(loss_fn)"
         self._mask: Mask | None = None
         self._masked: list[tuple[nn.Parameter, Tensor]] = []  # weights, and their masks in the weights' own dtype
+        self._layers: moving.Layers | None = None  # of a mask that moves, while it runs
+        self._moved_at = -1  # the step at whose gradients the mask has moved: a closure may come by twice
+        self._revealed = False  # whether hidden weights are in the network, between gradients and step
+        self._movement: dict[str, float | Tensor] = {}
         self._stepped = False  # whether this very session has seen a step: a resumed run has to smooth its loss again
         self._seen: tuple[int, int] | None = None  # identity and version of the clock buffer when last written
 
@@ -117,7 +123,7 @@ class Session:
         if optimizer is not None:
             self.optimizer = optimizing.innermost(optimizer, params)
         self._attach_tweaks()
-        remove = buffers.add(self.model, self.recipe.mask.ignore, known)
+        remove = buffers.add(self.model, self.recipe.mask, known)
         self._undo = [remove, self.model.register_load_state_dict_post_hook(_loaded).remove]
         self._added = buffers.names(self.model) - known
         if self.optimizer is not None:
@@ -171,8 +177,8 @@ class Session:
         optimizing.join(self.optimizer, self._companions())
 
     def before_step(self, check_finite: bool = True) -> None:
-        """With gradients final and unscaled: mask them. Raises TostError on NaN or Inf, before any weight changes;
-        `check_finite=False` is for loss scalers, which skip such a step themselves."""
+        """With gradients final and unscaled: mask them, or move the mask in place of the step. Raises TostError on NaN
+        or Inf, before any weight changes; `check_finite=False` is for loss scalers, which skip such a step themselves."""
         self._expect("before_step", "running", "finished")
         self._notice_loading()
         if self.state == "running":
@@ -183,7 +189,8 @@ class Session:
                 f"step {self.clock.step}: expected finite gradients, got NaN or Inf in {some(bad)}; "
                 f"lower the learning rate, clip gradients, or check the data"
             )
-        optimizing.mask_gradients(self._masked)
+        if not (self.state == "running" and self._move_before(check_finite)):
+            optimizing.mask_gradients(self._masked)
 
     def after_step(self, step: int | None = None) -> None:
         """After the optimizer's step: mask weights and optimizer state, then count the step and advance the schedules.
@@ -191,22 +198,25 @@ class Session:
         `step` is the number of finished optimizer steps as the trainer counts them; None counts one more.
         """
         self._expect("after_step", "running", "finished")
+        if self.state == "running":
+            self.clock = self.clock.at(self.clock.step + 1 if step is None else step)
+            self._move_after()
         self.enforce()
         if self.state == "running":
             self._check_smoothing()  # with a closure there is no moment before the step
             self._stepped = True
-            self._tick(self.clock.step + 1 if step is None else step)
+            self._tick(self.clock.step)
 
     def enforce(self) -> None:
-        """Set weights and optimizer state outside the mask to exactly 0."""
-        optimizing.mask_weights(self._masked, self.optimizer)
+        """Set weights and optimizer state outside the mask to exactly 0; hidden weights keep their state."""
+        optimizing.mask_weights(self._masked, None if self._hides() else self.optimizer)
 
     def finish(self) -> Report:
         """Take ghosts and buffers away: the model has its own modules, keys and forward pass again, and is sparse."""
         self._expect("finish", "attached", "running")
         if self.state == "running":
             self._notice_loading()
-            self.enforce()
+            self._movement = self._movement_now()
             self._warn_if_live()
         if self.optimizer is not None:
             optimizing.leave(self.optimizer, (param for param, _ in self._companions()))
@@ -215,9 +225,10 @@ class Session:
         for undo in self._undo:
             undo()
         del self.model.tost_session
-        self.state = "finished"
-        if self._mask is None:  # never started: what is there now is the result
-            self._keep(Mask.from_zeros(self._params()))
+        started, self.state = self.state == "running", "finished"
+        self._keep(self.mask if started else Mask.from_zeros(self._params()))  # what is there now is the result
+        if started:
+            self.enforce()
         return self.report()
 
     def drive(
@@ -258,6 +269,8 @@ class Session:
     @property
     def mask(self) -> Mask:
         """The mask that the run trains with; raises TostError before `start`."""
+        if self._mask is None and self._layers is not None:  # it has moved since somebody looked
+            self._count(Mask(self._layers.masks))
         if self._mask is None:
             raise TostError(f"session.mask: expected a started session, got state {self.state!r}; call start() first")
         return self._mask
@@ -270,6 +283,7 @@ class Session:
             "tost/active_parameters": float(report.active_parameters),
             "tost/ghost_parameters": float(report.ghost_parameters),
         }
+        found |= {name: float(value) for name, value in self._movement_now().items()}
         for tweak in self.tweaks:
             found |= tweak.metrics(self.model)
         return found
@@ -362,17 +376,23 @@ class Session:
             for tweak in self.tweaks:
                 quiet.enter_context(tweak.quiet(self.model))
             mask = self._find_mask(task)
+            hides = self.moving is not None and self.moving.hides and not self.moving.settled(clock)
             try:
-                mask.apply_(task.params)
+                if not hides:
+                    mask.apply_(task.params)
                 self._start_tweaks(task, mask)
             except BaseException:
                 with torch.no_grad():
                     for param, value in weights.items():
                         param.copy_(value)
                 raise
-        for name, buffer in buffers.masks(self.model, self.recipe.mask.ignore).items():
-            buffer.copy_(mask[name])
+        for which in (buffers.MASK, buffers.SEEN) if self.moving is not None else (buffers.MASK,):
+            for name, buffer in buffers.beside(self.model, dict(task.params), which).items():
+                buffer.copy_(mask[name])
         self.clock = clock
+        self._keep(mask)
+        self._revealed = hides
+        self._move_after(start=True)
         self._refresh()
         kinds = ", ".join(tweak.kind for tweak in self.tweaks) or "no tweaks"
         left = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
@@ -413,10 +433,11 @@ class Session:
         return revive(self.given_mask.fit(params), params, getattr(self.recipe.mask, "on_collapse", "error"))
 
     def _impose(self) -> None:
-        """A given mask that stays stands above a checkpoint's: a lottery ticket goes on from an early, denser state."""
-        if self.given_mask is None or hasattr(self.recipe.mask, "update"):
+        """A given mask that does not move stands above a checkpoint's: a lottery ticket goes on from an early, denser state."""
+        if self.given_mask is None or self.moving is not None:
             return
-        mask, saved = self._given(self._params()), buffers.masks(self.model, self.recipe.mask.ignore)
+        params = self._params()
+        mask, saved = self._given(params), buffers.beside(self.model, params)
         if mask != (loaded := Mask(saved)):
             say(f"the given mask (sparsity {mask.sparsity:.4f}) replaces the checkpoint's ({loaded.sparsity:.4f})")
         for name, buffer in saved.items():
@@ -425,14 +446,75 @@ class Session:
     def _refresh(self) -> None:
         """Take the mask from the model's buffers (keep it, once finished), and bring all else in line."""
         finished = self.state == "finished"
-        self._keep(self.mask if finished else Mask(buffers.masks(self.model, self.recipe.mask.ignore)))
+        self._keep(self.mask if finished else Mask(buffers.beside(self.model, self._params())))
+        self._moved_at, self._revealed = -1, False
         self.enforce()
         if not finished:
             self._tick(self.clock.step)
 
     def _keep(self, mask: Mask) -> None:
+        params = self._params()
+        kept = {name: mask[name].to(param.device, param.dtype) for name, param in params.items()}
+        self._count(mask)
+        self._masked, self._layers = list(zip(params.values(), kept.values(), strict=True)), None
+        if self.moving is not None and self.state != "finished":
+            self._layers = moving.Layers.of(self.model, params, kept, self.moving)
+
+    def _count(self, mask: Mask) -> None:
         self._mask, self._sparsity, self._removed = mask, mask.sparsity, mask.size - mask.kept
-        self._masked = [(param, mask[name].to(param.device, param.dtype)) for name, param in self._params().items()]
+
+    def _hides(self) -> bool:
+        """Whether removed weights train out of sight now."""
+        if self.moving is None or self._layers is None:
+            return False
+        return self.moving.hides and not self.moving.settled(self.clock)
+
+    def _move_before(self, check_finite: bool) -> bool:
+        """With final gradients: True if they must reach the removed weights too, or have been used up."""
+        if self._hides():
+            if self._revealed:
+                raise TostError(
+                    f"mask {self.recipe.mask.kind}: expected one gradient for each step, got a second one while all weights "
+                    f"are in the network (SAM and LBFGS take several); use another optimizer, or a mask that does not hide"
+                )
+            moving.reveal(self._layers)  # type: ignore[arg-type]
+            self._revealed = True
+            return True
+        if (
+            self.moving is None
+            or self.optimizer is None
+            or not (self.moving.takes_step and self.moving.due(self.clock))
+        ):
+            return False
+        if not check_finite and optimizing.not_finite(self.model, self.optimizer):
+            return False  # a loss scaler skips this step, and the mask with it
+        if self._moved_at != self.clock.step:
+            grads = {name: param.grad for name, param in self._params().items() if param.grad is not None}
+            self._move(grads)
+            self._moved_at = self.clock.step
+        optimizing.drop_gradients(self.optimizer)
+        return True
+
+    def _move_after(self, start: bool = False) -> None:
+        """When a step is done: move a mask that follows the weights, and hide what it removes."""
+        if self.moving is None or self._layers is None:
+            return
+        if not (start or self.moving.takes_step) and self.moving.due(self.clock):
+            self._move({})
+        if self._revealed:
+            moving.hide(self._layers) if self._hides() else self.enforce()
+            self._revealed = False
+
+    def _move(self, grads: dict[str, Tensor]) -> None:
+        assert self.moving is not None and self._layers is not None
+        changed = moving.move(self._layers, self.moving, grads, self.clock, self.recipe.seed)
+        self._movement, self._mask = {"tost/mask/changed": changed}, None
+
+    def _movement_now(self) -> dict[str, float | Tensor]:
+        """What to log of a mask that moves: how many entries the last update changed, the share ever kept."""
+        if self._layers is None:
+            return self._movement
+        return {"tost/mask/changed": 0.0, **self._movement, "tost/mask/explored": moving.explored(self._layers)}
 
     def _tick(self, step: int) -> None:
         self.clock = self.clock.at(step)
@@ -453,7 +535,9 @@ class Session:
 
     def _warn_if_live(self) -> None:
         found = {key: value for tweak in self.tweaks for key, value in tweak.metrics(self.model).items()}
-        live = {key: value for key, value in found.items() if key.endswith(("alpha", "active")) and value}
+        live: dict[str, Any] = {k: value for k, value in found.items() if k.endswith(("alpha", "active")) and value}
+        if self.moving is not None and hasattr(self.moving, "until") and not self.moving.settled(self.clock):
+            live["mask"] = "moving"
         if live:
             say(
                 f"finish at step {self.clock.step}, before the schedules ended ({live}): the network changes "
@@ -462,13 +546,12 @@ class Session:
             )
 
     def _check_times(self, clock: Clock) -> None:
-        for tweak in self.tweaks:
-            until = getattr(tweak, "until", None)
-            try:
-                if until is not None:
-                    clock.progress(until)
-            except TostError as error:
-                raise error.at(f"{tweak.kind}.until") from None
+        for part in (self.recipe.mask, *self.tweaks):
+            for name, time in times_of(part).items():
+                try:
+                    time.steps(clock)
+                except TostError as error:
+                    raise error.at(f"{part.kind}.{name}") from None
 
     def _check_smoothing(self) -> None:
         if not self._stepped and self.smoothing is not None and not self.smoothed:

@@ -29,6 +29,7 @@ from tost_plugins.masks.mask import Mask
 from tost_plugins.optional import package
 from tost_plugins.params import prunable
 from tost_plugins.recipe import Recipe
+from tost_plugins.report import write_csv
 from tost_plugins.session import Session
 from tost_plugins.task import Task
 
@@ -128,6 +129,8 @@ class Job:
             row = {"epoch": step / self.steps_per_epoch, "step": step, "lr": lr}
             row |= {"train_loss": sum(self._losses) / len(self._losses), **self.evaluate(model, held_out)}
             row |= session.metrics()
+            if session.moving is not None:
+                row["densities"] = {layer["layer"]: layer["density"] for layer in session.report().rows}
             self._losses = []
             self.history.append(row)
             self._write_history()
@@ -264,6 +267,8 @@ def _conclude(job: Job, session: Session) -> dict[str, Any]:
         if bool((weights[name].detach().cpu()[~keep] != 0).any()):
             raise TostError(f"{name}: expected zeros outside the mask, got others; please report this as a bug")
     mask.save(job.out / "mask.safetensors")
+    if session.moving is not None:
+        write_csv(job.out / "movement.csv", _movement(job.history))
     state = {name: value.detach().cpu().contiguous() for name, value in job.model.state_dict().items()}
     save_file(state, str(job.out / "model.safetensors.tmp"))
     (job.out / "model.safetensors.tmp").replace(job.out / "model.safetensors")
@@ -285,6 +290,15 @@ def _conclude(job: Job, session: Session) -> dict[str, Any]:
     }
     write(job.out / "result.json", json.dumps(result, indent=1))
     return result
+
+
+def _movement(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How a mask has moved, a row per epoch: entries changed at the last update, the share ever kept, densities."""
+    keys = ("tost/sparsity", "tost/mask/changed", "tost/mask/explored")
+    return [
+        {"epoch": row["epoch"], **{key.rpartition("/")[2]: row[key] for key in keys}, **row["densities"]}
+        for row in history
+    ]
 
 
 @contextmanager

@@ -14,13 +14,17 @@ from tost_plugins import ranks
 from tost_plugins.errors import TostError, from_pydantic, unknown
 from tost_plugins.masks.auto import Auto
 from tost_plugins.masks.base import MaskMethod
+from tost_plugins.masks.dnw import Dnw
 from tost_plugins.masks.file import File
 from tost_plugins.masks.from_zeros import FromZeros
+from tost_plugins.masks.gradual import Gradual
 from tost_plugins.masks.grasp import Grasp
 from tost_plugins.masks.lottery_ticket import LotteryTicket
 from tost_plugins.masks.magnitude import Magnitude
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.random import Random
+from tost_plugins.masks.rigl import RigL
+from tost_plugins.masks.set import Set
 from tost_plugins.masks.snip import Snip
 from tost_plugins.masks.synflow import SynFlow
 from tost_plugins.params import prunable, unwrap
@@ -38,6 +42,10 @@ MASKS: dict[str, type] = {
     "grasp": Grasp,
     "synflow": SynFlow,
     "lottery_ticket": LotteryTicket,
+    "set": Set,
+    "rigl": RigL,
+    "dnw": Dnw,
+    "gradual": Gradual,
 }
 
 

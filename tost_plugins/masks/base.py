@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Protocol
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field
+from torch import Tensor
 
+from tost_plugins.clock import Clock
 from tost_plugins.masks.mask import Mask
 from tost_plugins.task import Task
 
@@ -45,4 +48,36 @@ class MaskMethod(Protocol):
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """The mask to train with; the same generator state gives the same mask."""
+        ...
+
+
+@runtime_checkable
+class Moving(MaskMethod, Protocol):
+    """A mask that changes while the network trains.
+
+    `takes_step` says when: before the optimizer's step and instead of it (the dense gradients are given), or after
+    the step (gradients are not looked at). `hides` says whether removed weights may go on training out of sight. Each
+    layer's tensors may live on any device and come back there.
+    """
+
+    takes_step: ClassVar[bool]
+    hides: ClassVar[bool]
+
+    def due(self, clock: Clock) -> bool:
+        """Whether the mask changes at this moment; `clock.step` counts the optimizer steps that are done."""
+        ...
+
+    def settled(self, clock: Clock) -> bool:
+        """Whether the mask has come to its end, and stays as it is from here on."""
+        ...
+
+    def update(
+        self,
+        mask: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor],
+        clock: Clock,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """The next mask, name -> bool tensor; `mask`, `weights` and `grads` are only read."""
         ...

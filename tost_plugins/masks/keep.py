@@ -88,6 +88,25 @@ def choose(
     return _keep_one(scores, flat, kept, dense) if lost else kept, lost
 
 
+def drop_and_grow(kept: Tensor, size: Tensor, wish: Tensor, count: int) -> Tensor:
+    """Remove `count` of the kept weights, those of the least `size`, and let in as many, those of the highest `wish`.
+
+    Any shape, the same for all three. What was just removed may come back at once. Exactly as many stay as before;
+    of equal sizes the lower index stays, of equal wishes it comes. `count` goes from 0 (nothing changes) to the number
+    of kept weights (all are chosen anew).
+
+    Example:
+        >>> drop_and_grow(torch.tensor([True, True, False, False]), torch.tensor([0.1, 3.0, 0.0, 0.0]),
+        ...               torch.tensor([0.5, 9.0, 0.2, 0.7]), count=1).tolist()
+        [False, True, False, True]
+    """
+    inside, least = kept.flatten(), float("-inf")
+    total = int(inside.count_nonzero())
+    stay = best(wide(size.flatten()).masked_fill(~inside, least), total - count)
+    come = best(wide(wish.flatten()).masked_fill(stay, least), count)
+    return (stay | come).view(kept.shape)
+
+
 def revive(mask: Mask, weights: Mapping[str, Tensor], on_collapse: OnCollapse) -> Mask:
     """A mask that was found elsewhere, checked: a layer without weights is an error, or keeps its best."""
     lost = _empty(mask)
