@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The lowest first: a module imports from its own layer and from lower ones.
 LAYERS = [
     {"errors"},
-    {"clock", "schedules", "params", "ranks", "log", "task", "surgery", "optional", "buffers", "optimizing"},
+    {"clock", "schedules", "params", "ranks", "log", "task", "surgery", "optional", "buffers", "optimizing"}
+    | {"rng", "files"},
     {"masks", "tweaks"},
     {"session"},
     {"hooks", "recipe", "study", "report", "export"},
@@ -23,7 +24,7 @@ LAYERS = [
     {"sources"},
     {"train"},
     {"loops"},  # one per trainer, loaded by `train` under its name; knows that framework and its adapter
-    {"compare"},
+    {"compare", "lottery"},
     {"cli"},
     {"__main__"},
 ]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from mask_nets import KINDS, OPTIONS, WITH_SPARSITY, Pictures, batches, method, net, unpacking_task, zeroed
+from mask_nets import IN_ROUNDS, KINDS, OPTIONS, WITH_SPARSITY, Pictures, batches, method, net, unpacking_task, zeroed
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
@@ -33,7 +33,7 @@ def test_the_registry_has_a_row_per_file_and_options_for_every_row() -> None:
     folder = Path(masks.__file__).parent
     assert all((folder / f"{kind}.py").is_file() for kind in MASKS)
     assert all(cls.__module__ == f"tost_plugins.masks.{kind}" for kind, cls in MASKS.items())
-    assert set(OPTIONS) | {"file"} == set(MASKS)
+    assert set(OPTIONS) | {"file"} | IN_ROUNDS == set(MASKS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

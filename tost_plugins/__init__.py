@@ -11,14 +11,26 @@ if TYPE_CHECKING:
     from tost_plugins.adapters.composer import TostAlgorithm
     from tost_plugins.adapters.transformers import TostCallback
     from tost_plugins.errors import TostError
+    from tost_plugins.masks.lottery_ticket import LotteryTicket
     from tost_plugins.masks.mask import Mask
     from tost_plugins.recipe import Recipe
     from tost_plugins.session import Session
 
 __version__ = "0.1.0"
-__all__ = ["Mask", "Recipe", "Session", "TostAlgorithm", "TostCallback", "TostError", "TostHook", "masks"]
+__all__ = [
+    "LotteryTicket",
+    "Mask",
+    "Recipe",
+    "Session",
+    "TostAlgorithm",
+    "TostCallback",
+    "TostError",
+    "TostHook",
+    "masks",
+]
 
 _HOME = {
+    "LotteryTicket": "masks.lottery_ticket",
     "Mask": "masks.mask",
     "Recipe": "recipe",
     "Session": "session",

@@ -82,6 +82,28 @@ def compare(
 
 
 @app.command()
+def lottery(
+    recipe: RecipeArg,
+    set_: SetOption = [],  # noqa: B006
+    out_dir: Annotated[Path, typer.Option("--out", help="The folder of the rounds.")] = Path("runs/lottery"),
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find lottery tickets: train, prune the smallest weights, rewind, again; a mask and a line of a table per round."""
+    from tost_plugins import report
+    from tost_plugins.lottery import lottery as run
+
+    content = _recipe(recipe, set_)
+    with _progress(as_json) as listen:
+        rows = run(content, out_dir, resume, listen)
+    if as_json:
+        return _print_json({"rows": rows})
+    shown = [{**row, "sparsity": f"{row['sparsity']:.4f}", "kept_weights": f"{row['kept_weights']:,}"} for row in rows]
+    out.print(report.table("lottery tickets, round by round (accuracy in %)", shown))
+    out.print(f"masks: {out_dir}/round-*/mask.safetensors   table: {out_dir}/lottery.csv", highlight=False)
+
+
+@app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint of any trainer.")],
     target: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
@@ -235,6 +257,12 @@ def _progress(silent: bool) -> Iterator[Listener | None]:
                 bar.reset(task, total=values["total"], description=values["name"])
             elif event == "step":
                 bar.update(task, completed=values["step"], total=values["total"])
+            elif event == "round":
+                shown = {
+                    key: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for key, value in values.items()
+                }
+                text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
+                bar.console.print(text, highlight=False)
             elif event == "epoch":
                 bar.update(task, description=f"epoch {values['epoch']:g}  accuracy {values['accuracy']:.2f}")
 

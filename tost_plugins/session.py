@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ class Session:
     """A sparse training run: `attach`, then `start`, `before_step` / `after_step` around every step, then `finish`.
 
     Adapters and `drive` make these calls. `recipe` is a Recipe, a dict, a path or the name of a shipped recipe; `mask`
-    is a Mask to use instead of the recipe's. Calls out of order raise TostError.
+    is a Mask to use instead of the recipe's, and of a loaded checkpoint's. Calls out of order raise TostError.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
@@ -409,9 +409,7 @@ class Session:
 
     def _find_mask(self, task: Task) -> Mask:
         if self.given_mask is not None:
-            return revive(
-                self.given_mask.fit(task.params), task.params, getattr(self.recipe.mask, "on_collapse", "error")
-            )
+            return self._given(task.params)
         try:
             return masks.run(self.recipe.mask, task, self.recipe.seed)
         except TostError as error:
@@ -427,7 +425,23 @@ class Session:
             clock.steps_per_epoch if per_epoch is None else per_epoch,
         )
         self._check_times(self.clock)
+        self._impose()
         self._refresh()
+
+    def _given(self, params: Mapping[str, nn.Parameter]) -> Mask:
+        assert self.given_mask is not None
+        return revive(self.given_mask.fit(params), params, getattr(self.recipe.mask, "on_collapse", "error"))
+
+    def _impose(self) -> None:
+        """A given mask that does not move stands above a checkpoint's: a lottery ticket goes on from an early, denser state."""
+        if self.given_mask is None or self.moving is not None:
+            return
+        params = self._params()
+        mask, saved = self._given(params), buffers.beside(self.model, params)
+        if mask != (loaded := Mask(saved)):
+            say(f"the given mask (sparsity {mask.sparsity:.4f}) replaces the checkpoint's ({loaded.sparsity:.4f})")
+        for name, buffer in saved.items():
+            buffer.copy_(mask[name])
 
     def _refresh(self) -> None:
         """Take the mask from the model's buffers (keep it, once finished), and bring all else in line."""

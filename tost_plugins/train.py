@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tost_plugins import data, masks, models, ranks, sources
 from tost_plugins.clock import Clock
 from tost_plugins.errors import TostError
+from tost_plugins.files import copy_folder, write
 from tost_plugins.masks.mask import Mask
 from tost_plugins.optional import package
 from tost_plugins.params import prunable
@@ -55,6 +56,7 @@ class Job:
     mask: Mask | None = None
     listen: Listener = lambda event, values: None
     stop: bool = False
+    keep_at: int = 0  # the step whose checkpoint stays in out/early, for a lottery ticket to rewind to; 0 for none
     history: list[dict[str, Any]] = field(default_factory=list)
     curves: list[dict[str, float]] = field(default_factory=list)  # alpha and beta, about 200 points
     _losses: list[float] = field(default_factory=list)
@@ -114,6 +116,8 @@ class Job:
 
     def after_step(self, step: int, loss: float, model: nn.Module, session: Session, lr: float) -> bool:
         """Count a step; at the end of an epoch evaluate and write it down. True when a checkpoint is due."""
+        if self.keep_at and step == self.keep_at + 1:  # the last checkpoint is that step's, and whole by now
+            copy_folder(self.checkpoints, self.out / "early")
         self._losses.append(loss)
         self.listen("step", {"step": step, "total": self.total_steps, "loss": loss})
         ends = step % self.steps_per_epoch == 0 or step == self.total_steps
@@ -131,7 +135,7 @@ class Job:
             self.history.append(row)
             self._write_history()
             self.listen("epoch", row)
-        due = ends or self.stop
+        due = ends or self.stop or step == self.keep_at
         if due:
             progress = {"step": step, "losses": self._losses, "curves": self.curves}
             write(self.out / "progress.json", json.dumps(progress))
@@ -165,27 +169,27 @@ class Job:
         write(self.out / "history.jsonl", "".join(json.dumps(row) + "\n" for row in self.history))
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def train(
-    recipe: Recipe, out: str | Path, resume: bool = False, mask: Mask | None = None, listen: Listener | None = None
+    recipe: Recipe,
+    out: str | Path,
+    resume: bool = False,
+    mask: Mask | None = None,
+    listen: Listener | None = None,
+    keep_at: int = 0,
 ) -> dict[str, Any]:
     """Train as the recipe says and leave everything in `out`: recipe, versions, history, mask, the plain network.
 
     Returns what `result.json` holds: test accuracy in percent, sparsity, parameter counts, the rows of the history.
-    `mask` is used instead of the recipe's. A stopped run goes on with `resume`, a finished one is returned as it is.
+    `mask` is used instead of the recipe's; `keep_at` is a step whose checkpoint stays in `out`/early. A stopped
+    run goes on with `resume`, a finished one is returned as it is.
     Raises TostError for anything in the recipe that does not work out, Stopped after Ctrl-C.
     """
     out = Path(out)
-    _check_out(out, recipe, resume)
+    check_out(out, recipe, resume)
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())
     job = prepare(recipe, out, mask, listen)
+    job.keep_at = keep_at
     out.mkdir(parents=True, exist_ok=True)
     recipe.to_yaml(out / "recipe.yaml")
     write(out / "environment.json", json.dumps(environment(), indent=1))
@@ -234,7 +238,8 @@ def environment() -> dict[str, str]:
     return found
 
 
-def _check_out(out: Path, recipe: Recipe, resume: bool) -> None:
+def check_out(out: Path, recipe: Recipe, resume: bool) -> None:
+    """Raise TostError unless the folder is new, or holds a run of this very recipe that is to be resumed."""
     if not (out / "recipe.yaml").exists():
         return
     if not resume:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from tost_plugins import rng
 from tost_plugins.session import Session
 from tost_plugins.train import Job, Stopped
 
@@ -21,13 +22,13 @@ def run(job: Job, resume: bool) -> Session:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for part, state in ((model, "model"), (optimizer, "optimizer"), (scheduler, "scheduler"), (session, "session")):
             part.load_state_dict(saved[state])
-        _set_rng(saved["rng"])
+        rng.restore(saved["rng"])
         step = saved["step"]
         job.rewind_history(step)
 
     def save() -> None:
         job.checkpoints.mkdir(exist_ok=True)
-        content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rng": _rng(),
+        content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rng": rng.states(),
                    "scheduler": scheduler.state_dict(), "session": session.state_dict()}  # fmt: skip
         torch.save(content, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
@@ -49,13 +50,3 @@ def run(job: Job, resume: bool) -> Session:
             if stop and step < job.total_steps:
                 raise Stopped(f"stopped at step {step} of {job.total_steps}")
     return session
-
-
-def _rng() -> list[torch.Tensor]:
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-
-
-def _set_rng(states: list[torch.Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) == 1 + torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states[1:])

@@ -19,6 +19,7 @@ from tost_plugins.masks.file import File
 from tost_plugins.masks.from_zeros import FromZeros
 from tost_plugins.masks.gradual import Gradual
 from tost_plugins.masks.grasp import Grasp
+from tost_plugins.masks.lottery_ticket import LotteryTicket
 from tost_plugins.masks.magnitude import Magnitude
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.random import Random
@@ -40,6 +41,7 @@ MASKS: dict[str, type] = {
     "snip": Snip,
     "grasp": Grasp,
     "synflow": SynFlow,
+    "lottery_ticket": LotteryTicket,
     "set": Set,
     "rigl": RigL,
     "dnw": Dnw,

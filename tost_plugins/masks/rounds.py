@@ -1,0 +1,61 @@
+"""The rounds of a lottery ticket: one loop over them, for recipes and for training functions."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from tost_plugins.clock import Clock, Time
+from tost_plugins.errors import TostError
+from tost_plugins.masks.mask import Mask
+
+if TYPE_CHECKING:
+    from tost_plugins.masks.lottery_ticket import LotteryTicket
+
+Row = dict[str, Any]
+
+#: What one round is to whoever trains: number, folder and mask -> the trained weights, and numbers for the table.
+Train = Callable[[int, Path, Mask], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
+
+
+def each(ticket: LotteryTicket, dense: Mask, out: Path, train: Train) -> Iterator[Row]:
+    """Train round after round; yields each one's row, once it is in `out`/lottery.csv.
+
+    Errors say in which round. A round's mask is in its folder before it begins, for whoever looks at a killed one.
+    """
+    mask, weights, rows = dense, {}, []
+    for number, sparsity in enumerate(ticket.sparsities()):
+        folder = out / f"round-{number:02d}"
+        try:
+            mask = ticket.next(mask, weights, sparsity) if number else dense
+            mask.save(folder / "mask.safetensors")
+            weights, scores = train(number, folder, mask)
+        except TostError as error:
+            raise error.at(f"round {number}") from None
+        rows.append({"round": number, "sparsity": mask.sparsity, "kept_weights": mask.kept, **scores})
+        _write_table(out / "lottery.csv", rows)
+        yield rows[-1]
+
+
+def first_step(rewind: Time, clock: Clock) -> int:
+    """The optimizer step that rounds are rewound to; raises TostError unless it lies within the run."""
+    step = rewind.steps(clock)
+    if clock.total_steps is not None and step >= clock.total_steps:
+        raise TostError(
+            f"rewind: expected a moment before the end of the run ({clock.total_steps} steps), got {str(rewind)!r}; "
+            f"write an early one, like '0.05dur'"
+        )
+    return step
+
+
+def _write_table(path: Path, rows: list[Row]) -> None:
+    """One line per round, with a header of all their keys."""
+    with path.with_suffix(".tmp").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    path.with_suffix(".tmp").replace(path)
