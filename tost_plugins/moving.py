@@ -21,18 +21,19 @@ class Layers(NamedTuple):
     kept: dict[str, Tensor]
     seen: dict[str, Tensor]
     hidden: dict[str, Tensor]  # empty unless the method hides weights
+    changed: Tensor
 
     @classmethod
     def of(cls, model: nn.Module, params: dict[str, nn.Parameter], kept: dict[str, Tensor], method: Moving) -> Layers:
         """Those of an attached model."""
         masks, seen = (buffers.beside(model, params, which) for which in (buffers.MASK, buffers.SEEN))
         hidden = buffers.beside(model, params, buffers.HIDDEN) if method.hides else {}
-        return cls(params, masks, kept, seen, hidden)
+        return cls(params, masks, kept, seen, hidden, getattr(model, buffers.CHANGED))
 
 
 @torch.no_grad()
-def move(layers: Layers, method: Moving, grads: Mapping[str, Tensor], clock: Clock, seed: int) -> Tensor:
-    """Put the method's next mask into the buffers; returns how many of its entries changed, as a tensor.
+def move(layers: Layers, method: Moving, grads: Mapping[str, Tensor], clock: Clock, seed: int) -> None:
+    """Put the method's next mask into the buffers.
 
     Randomness comes from the seed and the step alone. Every rank gets rank 0's mask, except after each step of a
     method that hides weights: there it follows from weights that are equal on all ranks.
@@ -40,12 +41,11 @@ def move(layers: Layers, method: Moving, grads: Mapping[str, Tensor], clock: Clo
     new = method.update(layers.masks, layers.weights, grads, clock, seeds.generator(seed, clock.step))
     if not method.hides or method.settled(clock):
         new = ranks.broadcast(new, next(iter(layers.weights.values())).device)
-    changed = torch.stack([(mask ^ layers.masks[name]).sum() for name, mask in new.items()]).sum()
+    layers.changed.copy_(torch.stack([(mask ^ layers.masks[name]).sum() for name, mask in new.items()]).sum())
     for name, mask in new.items():
         layers.masks[name].copy_(mask)
         layers.kept[name].copy_(mask)
         layers.seen[name].logical_or_(mask)
-    return changed
 
 
 @torch.no_grad()
@@ -64,7 +64,8 @@ def hide(layers: Layers) -> None:
 
 
 @torch.no_grad()
-def explored(layers: Layers) -> float:
-    """The share of the weights that have ever been kept, 0 to 1."""
+def metrics(layers: Layers) -> dict[str, float]:
+    """How many entries the last move has changed, and the share of the weights that have ever been kept."""
     seen = torch.stack([seen.sum() for seen in layers.seen.values()]).sum()
-    return int(seen) / sum(seen.numel() for seen in layers.seen.values())
+    explored = int(seen) / sum(seen.numel() for seen in layers.seen.values())
+    return {"tost/mask/changed": float(layers.changed), "tost/mask/explored": explored}
