@@ -8,11 +8,15 @@ import io
 import itertools
 import logging
 import math
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import moving_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -672,24 +676,11 @@ def test_an_optimizer_that_calls_its_closure_twice_moves_the_mask_once() -> None
 
 @pytest.mark.parametrize("case", CASES)
 def test_accumulation_counts_optimizer_steps(case: str) -> None:
-    """In float64 and without norms, halves of a batch give the gradient of the whole."""
-    found = []
-    for parts in (1, 4):
-        net = Digits(norm=False).double()
-        session, made = Session(net, recipe(case)), OPTIMIZERS["sgd"](net.parameters())
-        masks = []
-        with session.drive(made, total_steps=STEPS):
-            for i, (x, y) in enumerate(BATCHES):
-                made.zero_grad()
-                for a, b in zip(x.double().chunk(parts), y.chunk(parts), strict=True):
-                    assert session.clock.step == i
-                    (F.cross_entropy(net(a), b) / parts).backward()
-                made.step()
-                masks.append(session.mask)
-        found.append((masks, weights_of(net)))
-    assert found[0][0] == found[1][0]
-    for name, value in found[0][1].items():
-        torch.testing.assert_close(found[1][1][name], value)
+    """In float64 and without norms, parts of a batch give the gradient of the whole."""
+    whole, parts = (moving_cases.history(case, Digits(norm=False).double(), parts=parts) for parts in (1, 4))
+    assert whole[0] == parts[0]
+    for name, value in whole[1].items():
+        torch.testing.assert_close(parts[1][name], value)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -998,3 +989,42 @@ def test_rigl_wants_a_gradient_for_every_layer() -> None:
 def test_an_allocation_that_gradual_cannot_end_with_is_an_error_at_the_start() -> None:
     with pytest.raises(TostError, match=r"^mask gradual: allocation: expected"):
         history({"kind": "gradual", "sparsity": 0.8, "allocation": {"body.7": 0.0}})
+
+
+# ---- ranks
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two ranks have found."""
+    folder, here = tmp_path_factory.mktemp("ranks"), Path(__file__).resolve().parent
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *launch, str(here / "ranks/moving_ddp.py"), str(folder)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_hold_the_masks_of_one_rank_with_the_whole_batch(ranks: Any, case: str, parts: int) -> None:
+    masks, weights = moving_cases.history(case, Digits(norm=False).double())
+    for found in ranks:
+        found = found[f"{case} in {parts}"]
+        assert [Mask(mask) for mask in found["masks"]] == masks
+        for name, value in weights.items():
+            torch.testing.assert_close(found["weights"][name], value)
+    assert equal(ranks[0][f"{case} in {parts}"]["weights"], ranks[1][f"{case} in {parts}"]["weights"])
+
+
+def test_the_gradient_of_one_rank_alone_would_grow_other_weights(ranks: Any) -> None:
+    wanted = Mask(ranks[0]["rigl in 1"]["masks"][2])
+    local = [Mask(found["local"]) for found in ranks]
+    assert len({mask.kept for mask in (wanted, *local)}) == 1
+    assert local[0] != local[1] and wanted not in local

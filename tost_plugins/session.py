@@ -199,8 +199,8 @@ class Session:
         """
         self._expect("after_step", "running", "finished")
         if self.state == "running":
-            self.clock = self.clock.at(self.clock.step + 1 if step is None else step)
-            self._move_after()
+            before, self.clock = self.clock.step, self.clock.at(self.clock.step + 1 if step is None else step)
+            self._move_after() if self.clock.step != before else self.conceal()  # a step told twice moves no mask twice
         self.enforce()
         if self.state == "running":
             self._check_smoothing()  # with a closure there is no moment before the step
