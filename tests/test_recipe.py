@@ -25,7 +25,7 @@ OTHER: dict[str, Any] = {
     "on_collapse": "keep_one", "batches": 3, "input_shape": [1, 8, 8], "rounds": 7, "per_class": 2, "temperature": 9.5,
     "optional": True, "until": "17ep", "schedule": "cosine", "layers": ["layer2.*", "*.conv1"], "shape": "mish",
     "beta": [2.0, 50.5], "iterations": 3, "learning_rate": 0.005, "look_ahead": 0.25, "norm": 2.5, "min_scale": 0.5,
-    "clip": 0.75, "alpha": 0.3,
+    "clip": 0.75, "alpha": 0.3, "every": "70ba", "begin": "2ep", "freeze": "1ep", "drop": 0.4, "initial": 0.1,
 }  # fmt: skip
 PLAIN = {"mask": {"kind": "random", "sparsity": 0.5}}
 
@@ -72,6 +72,7 @@ def test_every_mask_goes_there_and_back(kind: str, fill: Any, tmp_path: Path) ->
     assert type(recipe.mask) is MASKS[kind] and recipe.mask.kind == kind
     for name, value in wanted.items():
         found = getattr(recipe.mask, name)
+        found = str(found) if isinstance(found, Time) else found
         assert (list(found) if isinstance(found, tuple) else found) == value
         assert recipe.to_dict()["mask"][name] == value
     there_and_back(recipe, tmp_path)
