@@ -64,6 +64,14 @@ def hide(layers: Layers) -> None:
 
 
 @torch.no_grad()
+def share(layers: Layers) -> None:
+    """Give every rank rank 0's hidden weights: what DDP sends when it wraps a model are those in the network."""
+    sent = ranks.broadcast(layers.hidden, next(iter(layers.weights.values())).device)
+    for name, hidden in layers.hidden.items():
+        hidden.copy_(sent[name])
+
+
+@torch.no_grad()
 def metrics(layers: Layers) -> dict[str, float]:
     """How many entries the last move has changed, and the share of the weights that have ever been kept."""
     seen = torch.stack([seen.sum() for seen in layers.seen.values()]).sum()

@@ -400,6 +400,8 @@ class Session:
         self._keep(mask)
         self._revealed = hides
         self._move_after()
+        if self._layers is not None:
+            moving.share(self._layers)
         self._refresh()
         kinds = ", ".join(tweak.kind for tweak in self.tweaks) or "no tweaks"
         left = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
