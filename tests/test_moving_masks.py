@@ -710,6 +710,51 @@ def test_a_skipped_step_neither_shifts_nor_repeats_a_move(case: str, fused: bool
     assert found[0][0] == found[1][0] and equal(found[0][1], found[1][1])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_that_a_scaler_skips_in_the_order_of_trainers(case: str) -> None:
+    """Composer and the Trainer unscale, tell the session, step, and count also the steps that the scaler skips."""
+    net, masks = Digits(norm=False), []
+    session, made = Session(net, recipe(case)).attach(), OPTIMIZERS["sgd"](net.parameters())
+    session.start(made, total_steps=STEPS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for i, (x, y) in enumerate(BATCHES, 1):
+        made.zero_grad()
+        scaler.scale(F.cross_entropy(net(x), y) * (float("inf") if i in (3, 4) else 1.0)).backward()
+        before = weights_of(net)
+        scaler.unscale_(made)
+        session.before_step(check_finite=False)
+        scaler.step(made)
+        scaler.update()
+        session.after_step(i)
+        masks.append(session.mask)
+        assert not any(bool(p[~masks[-1][name]].any()) for name, p in prunable(net).items())
+        if i in (3, 4) and case != "gradual":
+            assert masks[-1] == masks[-2]
+            assert all(torch.equal(value, before[n]) for n, value in net.named_parameters())
+    if case in ("set", "rigl"):  # the move of the third step is lost with it, the others come when they are due
+        assert [i for i in range(2, STEPS + 1) if masks[i - 1] != masks[i - 2]] == [5, 7]
+    session.finish()
+
+
+def test_what_an_optimizer_counts_in_whole_numbers_is_left_alone() -> None:
+    class Counting(Optimizer):
+        def step(self, closure: Any = None) -> None:
+            for param in self.param_groups[0]["params"]:
+                if param.grad is not None:
+                    state = self.state[param]
+                    state["age"] = state.get("age", torch.zeros_like(param, dtype=torch.uint8)) + 1
+                    param.data -= 0.05 * param.grad
+
+    for case in CASES:
+        net = Digits()
+        session, made = Session(net, recipe(case)), Counting(net.parameters(), {})
+        with session.drive(made, BATCHES, total_steps=STEPS):
+            for batch in BATCHES:
+                step(net, made, batch)
+        moves = 3 if case in ("set", "rigl") else 0
+        assert all(bool((state["age"] == STEPS - moves).all()) for state in made.state.values())
+
+
 def test_gradients_that_are_not_finite_stop_the_run_before_the_mask_moves() -> None:
     for kind in ("rigl", "dnw"):
         with row(TABLES[kind][0], TABLES[kind][1]) as go:

@@ -854,6 +854,18 @@ def test_steps_that_composer_makes_while_it_loads_and_saves_move_no_mask(mask, t
         assert same(state(net), state(whole)) and algorithm.session.mask == masks[-1]
 
 
+def test_micro_batches_move_a_mask_with_the_step(tmp_path):
+    masks = []
+
+    class Look(Callback):
+        def batch_end(self, state: State, logger: Logger) -> None:
+            masks.append(algorithm.session.mask)
+
+    algorithm = TostAlgorithm({"mask": RIGL})
+    trainer(model(), algorithm, callbacks=[Look()], device_train_microbatch_size=2).fit()
+    assert [i for i in range(2, STEPS + 1) if masks[i - 1] != masks[i - 2]] == [3, 5, 7, 9]
+
+
 @MOVING
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_averaged_weights_take_the_mask_of_the_end(mask, evaluated, tmp_path):
