@@ -118,7 +118,8 @@ class TostAlgorithm(Algorithm):
         others = [type(other) for other in state.algorithms if other is not self]
         if TostAlgorithm in others:
             raise TostError("TostAlgorithm: expected one in a Trainer, got two; merge their recipes")
-        sam = composer.algorithms.SAM in others or hasattr(next(iter(state.optimizers), None), "base_optimizer")
+        sam = any(issubclass(other, composer.algorithms.SAM) for other in others)
+        sam = sam or any(hasattr(optimizer, "base_optimizer") for optimizer in state.optimizers)
         if sam and isinstance(self.recipe.mask, Moving):
             raise TostError(
                 f"TostAlgorithm: mask {self.recipe.mask.kind}: expected one gradient for each step, got SAM, which takes "

@@ -974,6 +974,26 @@ def test_layers_in_other_dtypes_move_alike() -> None:
         assert kept == round((0.2 if case == "gradual" else 0.4) * session.mask.size)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_moved_to_another_dtype_goes_on(case: str) -> None:
+    net = Digits(norm=False)
+    session, made = Session(net, recipe(case)), torch.optim.SGD(net.parameters(), lr=0.05)
+    with session.drive(made, total_steps=STEPS):
+        step(net, made, BATCHES[0])
+        net.double()
+        for x, y in BATCHES[1:3]:
+            step(net, made, (x.double(), y))
+        if case.startswith("dnw"):
+            name, param = "body.7.weight", net.body[7].weight
+            hidden = net.state_dict()[f"{name}_hidden"]
+            assert hidden.dtype == torch.float64 and torch.equal(hidden != 0, ~session.mask[name])
+            before = hidden + param.detach()
+            x, y = BATCHES[3][0].double(), BATCHES[3][1]
+            step(net, made, (x, y))
+            now = net.state_dict()[f"{name}_hidden"] + param.detach()
+            torch.testing.assert_close(now, before - 0.05 * param.grad)
+
+
 # ---- errors
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tost_plugins import buffers, ranks, seeds
 from tost_plugins.clock import Clock
 from tost_plugins.masks.base import Moving
+from tost_plugins.params import owners
 
 
 class Layers(NamedTuple):
@@ -20,15 +21,21 @@ class Layers(NamedTuple):
     masks: dict[str, Tensor]
     kept: dict[str, Tensor]
     seen: dict[str, Tensor]
-    hidden: dict[str, Tensor]  # empty unless the method hides weights
+    owners: dict[
+        str, nn.Module
+    ]  # of the hidden weights, if the method hides any: another dtype puts others in their place
     changed: Tensor
 
     @classmethod
     def of(cls, model: nn.Module, params: dict[str, nn.Parameter], kept: dict[str, Tensor], method: Moving) -> Layers:
         """Those of an attached model."""
         masks, seen = (buffers.beside(model, params, which) for which in (buffers.MASK, buffers.SEEN))
-        hidden = buffers.beside(model, params, buffers.HIDDEN) if method.hides else {}
-        return cls(params, masks, kept, seen, hidden, getattr(model, buffers.CHANGED))
+        holders = owners(model, params) if method.hides else {}
+        return cls(params, masks, kept, seen, holders, getattr(model, buffers.CHANGED))
+
+    def hidden(self) -> dict[str, Tensor]:
+        """Name -> the weight where it is removed, 0 elsewhere."""
+        return {name: getattr(module, buffers.HIDDEN) for name, module in self.owners.items()}
 
 
 @torch.no_grad()
@@ -51,14 +58,15 @@ def move(layers: Layers, method: Moving, grads: Mapping[str, Tensor], clock: Clo
 @torch.no_grad()
 def reveal(layers: Layers) -> None:
     """Give the optimizer all weights to work on."""
-    torch._foreach_add_(list(layers.weights.values()), list(layers.hidden.values()))
-    torch._foreach_zero_(list(layers.hidden.values()))
+    hidden = list(layers.hidden().values())
+    torch._foreach_add_(list(layers.weights.values()), hidden)
+    torch._foreach_zero_(hidden)
 
 
 @torch.no_grad()
 def hide(layers: Layers) -> None:
     """Take the removed weights out of the network and remember them."""
-    for name, hidden in layers.hidden.items():
+    for name, hidden in layers.hidden().items():
         hidden.copy_(layers.weights[name]).masked_fill_(layers.masks[name], 0)
         layers.weights[name].mul_(layers.kept[name])
 
@@ -66,9 +74,9 @@ def hide(layers: Layers) -> None:
 @torch.no_grad()
 def share(layers: Layers) -> None:
     """Give every rank rank 0's hidden weights: what DDP sends when it wraps a model are those in the network."""
-    sent = ranks.broadcast(layers.hidden, next(iter(layers.weights.values())).device)
-    for name, hidden in layers.hidden.items():
-        hidden.copy_(sent[name])
+    hidden = layers.hidden()
+    for name, value in ranks.broadcast(hidden, next(iter(layers.weights.values())).device).items():
+        hidden[name].copy_(value)
 
 
 @torch.no_grad()
