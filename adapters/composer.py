@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from tost_plugins.clock import Clock, times_of
 from tost_plugins.errors import TostError
+from tost_plugins.masks.base import Moving
 from tost_plugins.masks.mask import Mask
 from tost_plugins.params import unwrap
 from tost_plugins.recipe import Recipe
@@ -117,6 +118,13 @@ class TostAlgorithm(Algorithm):
         others = [type(other) for other in state.algorithms if other is not self]
         if TostAlgorithm in others:
             raise TostError("TostAlgorithm: expected one in a Trainer, got two; merge their recipes")
+        sam = any(issubclass(other, composer.algorithms.SAM) for other in others)
+        sam = sam or any(hasattr(optimizer, "base_optimizer") for optimizer in state.optimizers)
+        if sam and isinstance(self.recipe.mask, Moving):
+            raise TostError(
+                f"TostAlgorithm: mask {self.recipe.mask.kind}: expected one gradient for each step, got SAM, which takes "
+                f"two; leave SAM out, or use a mask that does not move"
+            )
         if any(tweak.kind == "label_smoothing" for tweak in self.recipe.tweaks):
             check_hard("TostAlgorithm: label_smoothing", getattr(model, "_loss_fn", None))
             if composer.algorithms.LabelSmoothing in others:
@@ -140,11 +148,6 @@ class TostAlgorithm(Algorithm):
     def _start(self, state: State, logger: Logger, clock: Clock | None) -> None:
         model: Any = unwrap(state.model)
         inner = getattr(state.optimizers[0], "base_optimizer", state.optimizers[0])  # what SAM is wrapped around
-        if inner is not state.optimizers[0] and self.session.moving is not None:
-            raise TostError(
-                f"TostAlgorithm: mask {self.recipe.mask.kind}: expected one gradient for each step, got SAM, which takes "
-                f"two; leave SAM out, or use a mask that does not move"
-            )
         if self.session.state == "attached":
             logger.log_hyperparameters({"tost": self.recipe.to_dict()})
         self.session.start(

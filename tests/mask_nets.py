@@ -18,7 +18,12 @@ OPTIONS = {
     "snip": {"sparsity": 0.8, "batches": 2},
     "grasp": {"sparsity": 0.8, "per_class": 4},
     "synflow": {"sparsity": 0.8, "rounds": 5},
+    "gradual": {"sparsity": 0.9, "initial": 0.8},
+    "set": {"sparsity": 0.8},
+    "rigl": {"sparsity": 0.8},
+    "dnw": {"sparsity": 0.8},
 }
+RANDOM = ("random", "set", "rigl")  # those whose first mask is drawn
 WITH_SPARSITY = sorted(kind for kind, options in OPTIONS.items() if "sparsity" in options)
 IN_ROUNDS = {"lottery_ticket"}  # found by several trainings, not in one call: tests/test_lottery_ticket.py
 KINDS = sorted(MASKS.keys() - IN_ROUNDS)
@@ -64,6 +69,8 @@ def method(kind: str, folder, model: nn.Module, **more) -> object:
         path = str(folder / "mask.safetensors")
         Mask.from_zeros(Task.of(model).params).save(path)
         return MASKS[kind](path=path, **more)
+    if kind == "gradual" and "sparsity" in more:  # the mask that a run starts with is the one at `initial`
+        more = {"initial": more["sparsity"], **more}
     return MASKS[kind](**{**OPTIONS[kind], **more})
 
 

@@ -73,6 +73,14 @@ def test_compare_uses_one_mask_and_draws_a_picture(tmp_path: Path) -> None:
     assert json.loads(tost(*args, "--resume"))["rows"] == result["rows"]
 
 
+def test_compare_lets_masks_that_move_go_their_own_way(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    moving = ["--set", "mask={kind: rigl, sparsity: 0.9, every: 1ba}", "--seeds", "1", "--out", str(tmp_path), "--json"]
+    assert len(json.loads(tost("compare", "quickstart", *SMALL, *moving))["rows"]) == 1
+    masks = [Mask.load(tmp_path / f"{variant}-seed0/mask.safetensors") for variant in ("plain", "tost")]
+    assert masks[0] != masks[1] and masks[0].kept == masks[1].kept
+
+
 def test_mask_find_is_the_mask_that_training_uses(tmp_path: Path) -> None:
     found = json.loads(tost("mask", "find", "quickstart", tmp_path / "m.safetensors", *SMALL, "--json"))
     tost("train", "quickstart", *SMALL, "--out", tmp_path / "run", "--json")

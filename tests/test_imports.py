@@ -14,9 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # The lowest first: a module imports from its own layer and from lower ones.
 LAYERS = [
     {"errors"},
-    {"clock", "schedules", "params", "ranks", "log", "task", "surgery", "optional", "buffers", "optimizing"}
+    {"clock", "schedules", "params", "ranks", "log", "task", "surgery", "optional", "optimizing", "seeds"}
     | {"rng", "files"},
     {"masks", "tweaks"},
+    {"buffers", "moving"},
     {"session"},
     {"hooks", "recipe", "study", "report", "export"},
     {"__init__"},  # the public names: for users; no lower module leans on them

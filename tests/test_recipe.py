@@ -25,7 +25,8 @@ OTHER: dict[str, Any] = {
     "on_collapse": "keep_one", "batches": 3, "input_shape": [1, 8, 8], "rounds": 7, "per_class": 2, "temperature": 9.5,
     "optional": True, "until": "17ep", "schedule": "cosine", "layers": ["layer2.*", "*.conv1"], "shape": "mish",
     "beta": [2.0, 50.5], "iterations": 3, "learning_rate": 0.005, "look_ahead": 0.25, "norm": 2.5, "min_scale": 0.5,
-    "clip": 0.75, "alpha": 0.3, "prune": 0.5, "rewind": "500ba",
+    "clip": 0.75, "alpha": 0.3, "every": "70ba", "begin": "2ep", "freeze": "1ep", "drop": 0.4, "initial": 0.1,
+    "prune": 0.5, "rewind": "500ba",
 }  # fmt: skip
 #: Where a method's field of that name takes other values.
 OTHER_OF = {"LotteryTicket": {"allocation": "uniform"}}

@@ -14,7 +14,8 @@ from tost_plugins.params import device_of, owners, plain_modules, prunable
 
 MASK, CLOCK = "weight_mask", "tost_clock"
 SEEN, HIDDEN = "weight_seen", "weight_hidden"  # of masks that move: what was ever kept, and what trains out of sight
-_OURS = (MASK, SEEN, HIDDEN, CLOCK, "alpha", "tost_beta")
+CHANGED = "tost_changed"  # how many entries the last move of a mask has changed
+_OURS = (MASK, SEEN, HIDDEN, CLOCK, CHANGED, "alpha", "tost_beta")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -32,6 +33,8 @@ def add(model: nn.Module, method: MaskMethod, known: set[str]) -> Callable[[], N
         if isinstance(method, Moving) and method.hides:
             module.register_buffer(HIDDEN, torch.zeros_like(params[name]).detach())
     model.register_buffer(CLOCK, torch.full((3,), -1, dtype=torch.int64, device=device_of(model)))
+    if isinstance(method, Moving):
+        model.register_buffer(CHANGED, torch.zeros((), dtype=torch.int64, device=device_of(model)))
     hook = model.register_load_state_dict_pre_hook(_accept_plain)
     give_back = _exempt_from_ddp(model, names(model) - known)
 
@@ -39,7 +42,8 @@ def add(model: nn.Module, method: MaskMethod, known: set[str]) -> Callable[[], N
         for _, module in plain_modules(model):
             for name in {MASK, SEEN, HIDDEN} & module._buffers.keys():
                 delattr(module, name)
-        delattr(model, CLOCK)
+        for name in {CLOCK, CHANGED} & model._buffers.keys():
+            delattr(model, name)
         hook.remove()
         give_back()
 

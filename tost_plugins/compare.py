@@ -20,6 +20,7 @@ def compare(
 ) -> dict[str, Any]:
     """Train a recipe on `seeds` seeds (recipe.seed, +1, ...) with its tweaks and without, on equal masks and data.
 
+    A mask that moves starts as the same one, and goes its own way in each.
     Returns `rows` (one per seed: plain, tost, difference, in points of test accuracy), their `mean` and `std` (over
     seeds; 0 for one seed), and all `runs`. Finished runs in `out` are not run again with `resume`.
     """

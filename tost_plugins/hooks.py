@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tost_plugins.session import Session
+
+_STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # what torch puts around every step
 
 
 def hook(session: Session) -> Callable[[], None]:
@@ -23,6 +26,8 @@ def hook(session: Session) -> Callable[[], None]:
     assert optimizer is not None, "hook() comes after start()"
 
     def before(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if _within_a_step(optimizer):
+            return None
         # a fused optimizer gets scaled gradients, and skips by itself a step in which they overflow
         check_finite = getattr(optimizer, "found_inf", None) is None
         _, closure, *_ = *args, kwargs.get("closure"), None  # the optimizer itself comes first
@@ -37,8 +42,10 @@ def hook(session: Session) -> Callable[[], None]:
         return args[:1], {**kwargs, "closure": gradients}
 
     def after(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not getattr(optimizer, "found_inf", None):
-            session.after_step()
+        if _within_a_step(optimizer):
+            return
+        skipped = bool(getattr(optimizer, "found_inf", None))
+        session.conceal() if skipped else session.after_step()
 
     handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
@@ -47,6 +54,15 @@ def hook(session: Session) -> Callable[[], None]:
             handle.remove()
 
     return remove
+
+
+def _within_a_step(optimizer: Optimizer) -> bool:
+    """Whether this hook's step is part of another: a class whose step calls its parent's may have torch see two."""
+    frame, steps = sys._getframe(1), 0
+    while frame is not None:
+        steps += frame.f_code is _STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return steps > 1
 
 
 @contextmanager
@@ -73,5 +89,6 @@ def drive(
         yield session
     finally:
         remove()
+        session.conceal()
     if session.state != "finished":  # a finished run may be resumed, or trained on
         session.finish()

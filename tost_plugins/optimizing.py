@@ -48,14 +48,17 @@ def leave(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def mask_weights(masked: Sequence[Masked], optimizer: Optimizer | None) -> None:
-    """Set weights, and whatever the optimizer keeps in their shape, to exactly 0 outside the masks."""
+    """Set weights, and the numbers that the optimizer keeps in their shape, to exactly 0 outside the masks.
+
+    Integers, which count or stand for quantized numbers, are left alone.
+    """
     if not masked:
         return
     torch._foreach_mul_([param for param, _ in masked], [mask for _, mask in masked])
     state = optimizer.state if optimizer is not None else {}
     for param, mask in masked:
         for value in state.get(param, {}).values():
-            if isinstance(value, Tensor) and value.shape == param.shape:
+            if isinstance(value, Tensor) and value.shape == param.shape and value.is_floating_point():
                 value.mul_(mask)
 
 

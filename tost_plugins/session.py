@@ -96,7 +96,7 @@ class Session:
         self._layers: moving.Layers | None = None  # of a mask that moves, while it runs
         self._moved_at = -1  # the step at whose gradients the mask has moved: a closure may come by twice
         self._revealed = False  # whether hidden weights are in the network, between gradients and step
-        self._movement: dict[str, float | Tensor] = {}
+        self._movement: dict[str, float] | None = None  # what to log of a mask that moves; None if it has moved since
         self._stepped = False  # whether this very session has seen a step: a resumed run has to smooth its loss again
         self._seen: tuple[int, int] | None = None  # identity and version of the clock buffer when last written
 
@@ -199,13 +199,20 @@ class Session:
         """
         self._expect("after_step", "running", "finished")
         if self.state == "running":
-            self.clock = self.clock.at(self.clock.step + 1 if step is None else step)
-            self._move_after()
+            before, self.clock = self.clock.step, self.clock.at(self.clock.step + 1 if step is None else step)
+            self._move_after() if self.clock.step != before else self.conceal()  # a step told twice moves no mask twice
         self.enforce()
         if self.state == "running":
             self._check_smoothing()  # with a closure there is no moment before the step
             self._stepped = True
             self._tick(self.clock.step)
+
+    def conceal(self) -> None:
+        """Take removed weights that train out of sight out of the network again: part of `after_step`, and to be called
+        in its place where an optimizer has skipped the step by itself, or was interrupted."""
+        if self._revealed and self._layers is not None:
+            moving.hide(self._layers) if self._hides() else self.enforce()
+        self._revealed = False
 
     def enforce(self) -> None:
         """Set weights and optimizer state outside the mask to exactly 0; hidden weights keep their state."""
@@ -216,7 +223,7 @@ class Session:
         self._expect("finish", "attached", "running")
         if self.state == "running":
             self._notice_loading()
-            self._movement = self._movement_now()
+            self._movement = self._movement_now()  # its buffers go
             self._warn_if_live()
         if self.optimizer is not None:
             optimizing.leave(self.optimizer, (param for param, _ in self._companions()))
@@ -283,7 +290,7 @@ class Session:
             "tost/active_parameters": float(report.active_parameters),
             "tost/ghost_parameters": float(report.ghost_parameters),
         }
-        found |= {name: float(value) for name, value in self._movement_now().items()}
+        found |= self._movement_now()
         for tweak in self.tweaks:
             found |= tweak.metrics(self.model)
         return found
@@ -392,7 +399,9 @@ class Session:
         self.clock = clock
         self._keep(mask)
         self._revealed = hides
-        self._move_after(start=True)
+        self._move_after()
+        if self._layers is not None:
+            moving.share(self._layers)
         self._refresh()
         kinds = ", ".join(tweak.kind for tweak in self.tweaks) or "no tweaks"
         left = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
@@ -458,7 +467,7 @@ class Session:
         self._count(mask)
         self._masked, self._layers = list(zip(params.values(), kept.values(), strict=True)), None
         if self.moving is not None and self.state != "finished":
-            self._layers = moving.Layers.of(self.model, params, kept, self.moving)
+            self._layers, self._movement = moving.Layers.of(self.model, params, kept, self.moving), None
 
     def _count(self, mask: Mask) -> None:
         self._mask, self._sparsity, self._removed = mask, mask.sparsity, mask.size - mask.kept
@@ -489,32 +498,30 @@ class Session:
         if not check_finite and optimizing.not_finite(self.model, self.optimizer):
             return False  # a loss scaler skips this step, and the mask with it
         if self._moved_at != self.clock.step:
+            self.enforce()  # what grows starts at 0, whatever others have put there
             grads = {name: param.grad for name, param in self._params().items() if param.grad is not None}
             self._move(grads)
             self._moved_at = self.clock.step
         optimizing.drop_gradients(self.optimizer)
         return True
 
-    def _move_after(self, start: bool = False) -> None:
+    def _move_after(self) -> None:
         """When a step is done: move a mask that follows the weights, and hide what it removes."""
         if self.moving is None or self._layers is None:
             return
-        if not (start or self.moving.takes_step) and self.moving.due(self.clock):
+        if not self.moving.takes_step and self.moving.due(self.clock):
             self._move({})
-        if self._revealed:
-            moving.hide(self._layers) if self._hides() else self.enforce()
-            self._revealed = False
+        self.conceal()
 
     def _move(self, grads: dict[str, Tensor]) -> None:
         assert self.moving is not None and self._layers is not None
-        changed = moving.move(self._layers, self.moving, grads, self.clock, self.recipe.seed)
-        self._movement, self._mask = {"tost/mask/changed": changed}, None
+        moving.move(self._layers, self.moving, grads, self.clock, self.recipe.seed)
+        self._movement = self._mask = None
 
-    def _movement_now(self) -> dict[str, float | Tensor]:
-        """What to log of a mask that moves: how many entries the last update changed, the share ever kept."""
-        if self._layers is None:
-            return self._movement
-        return {"tost/mask/changed": 0.0, **self._movement, "tost/mask/explored": moving.explored(self._layers)}
+    def _movement_now(self) -> dict[str, float]:
+        if self._movement is None:
+            self._movement = {} if self._layers is None else moving.metrics(self._layers)
+        return self._movement
 
     def _tick(self, step: int) -> None:
         self.clock = self.clock.at(step)

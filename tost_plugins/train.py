@@ -221,7 +221,7 @@ def prepare(recipe: Recipe, out: Path, mask: Mask | None = None, listen: Listene
 
 
 def find_mask(recipe: Recipe) -> Mask:
-    """The mask that training this recipe would use, found in the same way, without training."""
+    """The mask that training this recipe would start with, found in the same way, without training."""
     job = prepare(recipe, Path())
     ignore = recipe.mask.ignore
     return masks.run(recipe.mask, Task.of(job.model, ignore, batches=job.loader, loss_fn=F.cross_entropy), recipe.seed)

@@ -169,6 +169,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ten
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
+def test_masks_move_with_optimizer_steps(accumulation: int) -> None:
+    rigl = {"kind": "rigl", "sparsity": 0.6, "every": "2ba", "until": "8ba", "drop": 0.6}
+    loop, masks = Loop(recipe={"mask": rigl}, accumulation=accumulation), []
+    loop.run(look=lambda step: masks.append(loop.tost.session.mask))
+    assert [i for i in range(2, STEPS + 1) if masks[i - 1] != masks[i - 2]] == [3, 5, 7]
+    loop.tost.finish()
+    assert loop.tost.session.mask == masks[-1] and outside(loop.net, masks[-1]) == 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_documented_loop(accumulation: int) -> None:
     net, untouched = Net(), Net()
     parameters = dict(net.named_parameters())

@@ -808,6 +808,90 @@ def test_averaged_weights_in_checkpoints_do_not_upset_the_schedule(tmp_path, cap
     assert "before the schedules ended" not in caplog.text
 
 
+# ---- masks that move
+
+RIGL = {"kind": "rigl", "sparsity": 0.5, "every": "2ba", "until": "10ba", "drop": 0.5}
+DNW = {"kind": "dnw", "sparsity": 0.5}
+MOVING = pytest.mark.parametrize("mask", [RIGL, DNW], ids=lambda mask: mask["kind"])
+
+
+@MOVING
+@pytest.mark.parametrize("first", [False, True], ids=["behind", "in_front"])
+def test_sam_takes_two_gradients_where_a_moving_mask_expects_one(mask, first):
+    both = [TostAlgorithm({"mask": mask}), SAM()]
+    net = model()
+    before = state(net)
+    message = (
+        f"TostAlgorithm: mask {mask['kind']}: expected one gradient for each step, got SAM, which takes two; leave SAM "
+        f"out, or use a mask that does not move"
+    )
+    with pytest.raises(TostError, match=message):
+        trainer(net, *(both if first else both[::-1]))
+    assert same(state(net), before)
+
+
+@MOVING
+def test_steps_that_composer_makes_while_it_loads_and_saves_move_no_mask(mask, tmp_path):
+    """A fresh optimizer gets its state by a step with gradients of 0, which must not count as one of ours."""
+    recipe, masks = {"mask": mask}, []
+
+    class Look(Callback):
+        def batch_end(self, state: State, logger: Logger) -> None:
+            masks.append(algorithm.session.mask)
+
+    algorithm, whole = TostAlgorithm(recipe), model()
+    trainer(whole, algorithm, callbacks=[Look()], save_folder=str(tmp_path), save_filename="ba{batch}.pt", save_interval="1ba",
+            save_num_checkpoints_to_keep=-1).fit()  # fmt: skip
+    for batch in (1, 2, 3, 4):  # at 2 and 4, RigL is due
+        net, algorithm, steps = model(seed=1), TostAlgorithm(recipe), []
+        optimizer = sgd(net)
+        optimizer.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
+        run = trainer(net, algorithm, optimizers=optimizer, load_path=str(tmp_path / f"ba{batch}.pt"))
+        assert steps == [1] and algorithm.session.clock.step == batch and algorithm.session.mask == masks[batch - 1]
+        run.save_checkpoint(str(tmp_path / "again.pt"))
+        assert algorithm.session.clock.step == batch and algorithm.session.mask == masks[batch - 1]
+        run.fit()
+        assert same(state(net), state(whole)) and algorithm.session.mask == masks[-1]
+
+
+def test_micro_batches_move_a_mask_with_the_step(tmp_path):
+    masks = []
+
+    class Look(Callback):
+        def batch_end(self, state: State, logger: Logger) -> None:
+            masks.append(algorithm.session.mask)
+
+    algorithm = TostAlgorithm({"mask": RIGL})
+    trainer(model(), algorithm, callbacks=[Look()], device_train_microbatch_size=2).fit()
+    assert [i for i in range(2, STEPS + 1) if masks[i - 1] != masks[i - 2]] == [3, 5, 7, 9]
+
+
+@MOVING
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_averaged_weights_take_the_mask_of_the_end(mask, evaluated, tmp_path):
+    """EMA averages masks as well, in its own copy: the run goes on with those of the training, and ends with their last."""
+    ends, masks = [], []
+    for batch in (0, 4):
+        net, algorithm, ema = model(), TostAlgorithm({"mask": mask}), EMA(half_life="3ba")
+        run = trainer(
+            net, algorithm, ema, load_path=str(tmp_path / "ba4.pt") if batch else None, save_folder=str(tmp_path),
+            save_filename="ba{batch}.pt", save_interval="4ba", save_overwrite=True,
+            eval_dataloader=loader() if evaluated else None,
+        )  # fmt: skip
+        run.fit()
+        masks.append(algorithm.session.mask)
+        assert ema.ema_weights_active != evaluated and masks[-1].sparsity == pytest.approx(0.5, abs=1e-3)
+        check_plain(net, model(), run.state.optimizers[0])
+        check_sparse(net, masks[-1])
+        if ema.ema_weights_active:
+            ema.get_training_model(net)
+        check_sparse(net, masks[-1])
+        ends.append(state(net))
+    net, algorithm = model(), TostAlgorithm({"mask": mask})
+    trainer(net, algorithm).fit()
+    assert masks == [algorithm.session.mask] * 2 and same(*ends) and same(ends[0], state(net))
+
+
 # ---- the function
 
 
@@ -861,3 +945,11 @@ def test_two_ranks_agree_and_ghosts_end_without_unused_parameters(tmp_path):
     assert one["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert one["plain"]
     assert one["resumed"] == one["weights"]
+    for moving in one["moving"]:
+        masks = moving["whole"].pop("masks")
+        assert (
+            masks[1] != masks[2]
+            and masks[3] != masks[4]
+            and moving["whole"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+        )
+        assert moving["resumed"].pop("masks") == masks[4:] and moving["resumed"] == moving["whole"]

@@ -144,6 +144,23 @@ def test_ctrl_c_in_an_epoch_and_resume(runs: Any, tmp_path: Path, trainer: str, 
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [{"kind": "rigl", "sparsity": 0.9, "every": "1ba", "until": "5ba"}, {"kind": "dnw", "sparsity": 0.9}],
+    ids=lambda mask: mask["kind"],
+)
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_ctrl_c_and_resume_with_a_mask_that_moves(tmp_path: Path, trainer: str, mask: dict[str, Any]) -> None:
+    spec = recipe(trainer, mask=mask, tweaks=[], duration="5ba")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    result = train(spec, whole)
+    with pytest.raises(Stopped, match="stopped at step 2 of 5"):
+        train(spec, stopped, listen=stop_at(2))
+    assert train(spec, stopped, resume=True) == result and same(weights(stopped), weights(whole))
+    assert Mask.load(stopped / "mask.safetensors") == Mask.load(whole / "mask.safetensors")
+    assert all(row["tost/mask/changed"] > 0 and row["tost/mask/explored"] > 0.1 for row in result["history"])
+
+
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_crash_goes_on_from_the_last_epoch(runs: Any, tmp_path: Path, trainer: str) -> None:
     out, result = runs(trainer)

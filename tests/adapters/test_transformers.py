@@ -531,6 +531,34 @@ def test_the_best_before_a_resume_is_forgotten_too(tmp_path: Path) -> None:
     assert run(tmp_path, str(tmp_path / "checkpoint-4")).state.best_global_step == SOFT_ENDS
 
 
+@pytest.mark.parametrize(
+    ("mask", "best"),
+    [
+        ({"kind": "dnw", "sparsity": 0.6}, 1),
+        ({"kind": "rigl", "sparsity": 0.6, "every": "2ba", "until": "6ba"}, 6),
+        ({"kind": "gradual", "sparsity": 0.6, "every": "2ba", "until": "6ba"}, 6),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else "",
+)
+def test_the_best_model_has_the_mask_that_it_had_then(tmp_path: Path, mask: dict[str, Any], best: int) -> None:
+    trainer: Any = None
+    callback = TostCallback({"mask": mask})
+    masks: dict[int, Mask] = {}
+    look = Each(lambda state, kwargs: masks.update({state.global_step: callback.session.mask}))
+    trainer = make(
+        tmp_path, [callback, look], trainer={"compute_metrics": lambda found: {"score": -trainer.state.global_step}},
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="score", greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == best and callback.session.mask == masks[best]
+    assert Mask.from_zeros(prunable(trainer.model)) == masks[best] and masks[best].sparsity == pytest.approx(
+        0.6, abs=1e-2
+    )
+    assert list(trainer.model.state_dict()) == list(Net().state_dict())
+    assert (masks[best] == masks[STEPS]) == (mask["kind"] != "dnw")
+
+
 def test_a_mask_object_and_deep_copies(tmp_path: Path) -> None:
     mask = Mask({name: torch.rand_like(param) > 0.7 for name, param in prunable(Net()).items()})
     callback, copies = TostCallback(RECIPE, mask=mask), []
@@ -558,5 +586,8 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
         assert not differences(first[case]["mask"], second[case]["mask"]), case
         assert not differences(first[case]["weights"], second[case]["weights"]), case
         assert first[case]["alphas"] == second[case]["alphas"] and first[case]["plain"] and second[case]["plain"]
+        assert [Mask(mask) for mask in first[case]["masks"]] == [Mask(mask) for mask in second[case]["masks"]], case
+    rigl, dnw = ([Mask(mask) for mask in first[kind]["masks"]] for kind in ("rigl", "dnw"))
+    assert rigl[0] == rigl[1] != rigl[2] == rigl[3] != rigl[4] and dnw[0] != dnw[-1]
     assert not differences(first["unused"]["mask"], first["strict"]["mask"])
     assert not differences(first["whole"]["weights"], first["resumed"]["weights"])

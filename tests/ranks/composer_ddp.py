@@ -1,5 +1,5 @@
 """One of several ranks: trains with TostAlgorithm on its own part of the data, then once more from a checkpoint of the
-middle, and writes to FOLDER/<rank>.json where both ended."""
+middle, and writes to FOLDER/<rank>.json where both ended; the same with masks that move."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from composer import Trainer
+from composer import Callback, Logger, State, Trainer
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
 from composer.utils import dist
@@ -26,11 +26,26 @@ RECIPE = {
         {"kind": "label_smoothing"},
     ],
 }
+#: Both move after steps 2 and 4.
+MOVING = [
+    {"mask": {"kind": "rigl", "sparsity": 0.5, "every": "2ba", "until": "6ba", "drop": 0.5}},
+    {"mask": {"kind": "dnw", "sparsity": 0.5}},
+]
 
 
-def model() -> ComposerClassifier:
-    """The same small network on every rank."""
-    torch.manual_seed(0)
+class Masks(Callback):
+    """Notes a digest of the mask after every batch."""
+
+    def __init__(self, algorithm: TostAlgorithm) -> None:
+        self.algorithm, self.found = algorithm, []
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.found.append(digest(dict(self.algorithm.session.mask)))
+
+
+def model(seed: int = 0) -> ComposerClassifier:
+    """A small network; with one seed the same on every rank."""
+    torch.manual_seed(seed)
     return ComposerClassifier(
         nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
@@ -49,9 +64,10 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return whole.hexdigest()
 
 
-def train(folder: Path, **options: object) -> dict[str, object]:
+def train(recipe: dict = RECIPE, seed: int = 0, **options: object) -> dict[str, object]:
     """Six batches on two ranks."""
-    net, algorithm, memory = model(), TostAlgorithm(RECIPE), InMemoryLogger()
+    net, algorithm, memory = model(seed), TostAlgorithm(recipe), InMemoryLogger()
+    masks = Masks(algorithm)
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(24, 3, 8, 8, generator=generator), torch.randint(4, (24,), generator=generator))
     loader = DataLoader(data, batch_size=4, sampler=dist.get_sampler(data, shuffle=False))
@@ -62,6 +78,7 @@ def train(folder: Path, **options: object) -> dict[str, object]:
         max_duration="2ep",
         algorithms=[algorithm],
         loggers=[memory],
+        callbacks=[masks],
         progress_bar=False,
         device="cpu",
         seed=3,
@@ -73,17 +90,30 @@ def train(folder: Path, **options: object) -> dict[str, object]:
     weights = dict(net.named_parameters())
     return {
         "find_unused_parameters": trainer.state.model.find_unused_parameters,
-        "alphas": [float(value) for _, value in memory.data["tost/ghost_skip/alpha"]],
+        "alphas": [float(value) for _, value in memory.data.get("tost/ghost_skip/alpha", [])],
         "sparsity": algorithm.session.mask.sparsity,
         "mask": digest(dict(algorithm.session.mask)),
+        "masks": masks.found,
         "weights": digest(weights),
         "plain": list(net.state_dict()) == list(model().state_dict()),
     }
 
 
+def both(folder: Path, recipe: dict) -> dict[str, object]:
+    """A run with a mask that moves, and its second half from a checkpoint; every rank starts from other weights, as scripts
+    without a seed do."""
+    folder /= recipe["mask"]["kind"]
+    whole = train(
+        recipe, dist.get_global_rank(), save_folder=str(folder), save_filename="ba{batch}.pt", save_interval="4ba"
+    )
+    dist.barrier()
+    return {"whole": whole, "resumed": train(recipe, load_path=str(folder / "ba4.pt"))}
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    found = train(folder, save_folder=str(folder), save_filename="ba{batch}.pt", save_interval="4ba")
+    found = train(save_folder=str(folder), save_filename="ba{batch}.pt", save_interval="4ba")
     dist.barrier()
-    found["resumed"] = train(folder, load_path=str(folder / "ba4.pt"))["weights"]
+    found["resumed"] = train(load_path=str(folder / "ba4.pt"))["weights"]
+    found["moving"] = [both(folder, recipe) for recipe in MOVING]
     (folder / f"{dist.get_global_rank()}.json").write_text(json.dumps(found))

@@ -23,6 +23,10 @@ RECIPE = {
         {"kind": "label_smoothing", "alpha": 0.1},
     ],
 }
+MOVING = {
+    "rigl": {"mask": {"kind": "rigl", "sparsity": 0.6, "every": "2ba", "until": "6ba", "drop": 0.5}},
+    "dnw": {"mask": {"kind": "dnw", "sparsity": 0.6}},
+}
 
 
 class Net(nn.Module):
@@ -43,20 +47,21 @@ class Net(nn.Module):
 
 
 class Watch(TrainerCallback):
-    """Notes alpha after every step."""
+    """Notes alpha and the mask after every step."""
 
     def __init__(self, tost: TostCallback) -> None:
-        self.tost, self.alphas = tost, []
+        self.tost, self.alphas, self.masks = tost, [], []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.alphas.append(self.tost.session.metrics()["tost/ghost_skip/alpha"])
+        self.alphas.append(self.tost.session.metrics().get("tost/ghost_skip/alpha"))
+        self.masks.append(dict(self.tost.session.mask))
 
 
-def train(folder: Path, resume: str | None = None, **settings: Any) -> dict[str, Any]:
+def train(folder: Path, resume: str | None = None, recipe: Any = RECIPE, **settings: Any) -> dict[str, Any]:
     """A run of 7 steps; every rank starts from other weights, as scripts without a seed do."""
     generator = torch.Generator().manual_seed(0)
     data = [{"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": i % 4} for i in range(32)]
-    tost, rank = TostCallback(RECIPE), dist.get_rank() if dist.is_initialized() else 0
+    tost, rank = TostCallback(recipe), dist.get_rank() if dist.is_initialized() else 0
     watch = Watch(tost)
     args = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=4, max_steps=7, use_cpu=True, report_to="none",
@@ -71,6 +76,7 @@ def train(folder: Path, resume: str | None = None, **settings: Any) -> dict[str,
         "mask": dict(tost.session.mask),
         "weights": {name: param.detach() for name, param in model.named_parameters()},
         "alphas": watch.alphas,
+        "masks": watch.masks,
         "plain": list(model.state_dict()) == list(Net(0).state_dict())
         and not any(value[~tost.session.mask[name]].any() for name, value in kept.items()),
     }
@@ -85,5 +91,7 @@ if __name__ == "__main__":
         "whole": train(folder / "whole", **strict, save_strategy="steps", save_steps=3),
         "resumed": train(folder / "resumed", str(folder / "whole" / "checkpoint-3"), **strict),
     }
+    for kind, recipe in MOVING.items():
+        found[kind] = train(folder / kind, None, recipe, **strict, gradient_accumulation_steps=2)
     torch.save(found, folder / f"{dist.get_rank()}.pt")
     leave()

@@ -54,20 +54,26 @@ class Gradual:
     @model_validator(mode="after")
     def _rises(self) -> Gradual:
         if self.initial > self.sparsity:
-            raise ValueError(f"expected initial of at most sparsity, {self.sparsity}, got {self.initial!r}")
+            raise ValueError(
+                f"expected initial of at most sparsity, {self.sparsity}, got {self.initial!r}; lower initial"
+            )
         return self
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
-        """The mask at `initial`: the smallest weights of the untrained network are gone."""
+        """The mask at `initial`: the smallest weights of the untrained network are gone.
+
+        Raises TostError also where the allocation cannot give the final sparsity.
+        """
+        counts(task.params, self.sparsity, self.allocation)
         return top(
             {n: p.detach().abs() for n, p in task.params.items()}, self.initial, self.allocation, self.on_collapse
         )
 
     def due(self, clock: Clock) -> bool:
-        """At `begin`, every `every` from there, and at `until`; never at the start, when `start` has done it."""
+        """At `begin`, every `every` from there, and at `until`; at the start only if that is `until` already."""
         since, until = clock.step - self.begin.steps(clock), self.until.steps(clock)
         regular = since >= 0 and since % max(1, self.every.steps(clock)) == 0
-        return 0 < clock.step <= until and (regular or clock.step == until)
+        return clock.step == until or (0 < clock.step < until and regular)
 
     def settled(self, clock: Clock) -> bool:
         """From `until` on."""
@@ -76,7 +82,7 @@ class Gradual:
     def sparsity_at(self, clock: Clock) -> float:
         """The sparsity that is wanted at this moment."""
         begin, until = self.begin.steps(clock), self.until.steps(clock)
-        progress = 1.0 if clock.step >= until else max(0, clock.step - begin) / (until - begin)
+        progress = 1.0 if clock.step >= until else max(0, clock.step - begin) / max(1, until - begin)
         return cubic(self.initial, self.sparsity)(progress)
 
     def update(

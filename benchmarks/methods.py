@@ -1,0 +1,110 @@
+"""Which mask is best, and does ToST help it? Static and moving masks and lottery tickets, each with and without the tweaks.
+
+    python benchmarks/methods.py --out runs/methods --jobs 2        # TOST_DATA names the folder that holds cifar10/
+
+One cell is one run of a method, seed and variant; finished cells are not run again, a stopped one goes on. Writes
+`methods.csv` (a row per cell) and prints the table: mean and standard deviation of the test accuracy over the seeds.
+A ticket's rounds are trained without tweaks and rewound to the initial weights; "with ToST" trains the last mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+EVERY = {"every": "25ba"}  # a short run has fewer than a thousand steps: RigL's 100 would be a handful of updates
+METHODS: dict[str, dict[str, Any]] = {
+    "random, static": {"kind": "random"},
+    "set": {"kind": "set", **EVERY},
+    "rigl": {"kind": "rigl", **EVERY},
+    "dnw": {"kind": "dnw"},
+    "dnw, frozen after 1 epoch": {"kind": "dnw", "freeze": "1ep"},
+    "gradual": {"kind": "gradual", **EVERY},
+    "lottery ticket": {"kind": "lottery_ticket", "prune": 0.632},
+}
+VARIANTS = ("plain", "tost")
+
+
+def recipe(method: str, variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The recipe of a cell; the tweaks are those of the shipped recipe `cifar10_short`."""
+    from tost_plugins import Recipe
+
+    tweaks = Recipe.load("cifar10_short").to_dict()["tweaks"] if variant == "tost" else []
+    return {
+        "name": f"{method} ({variant}, seed {seed})", "seed": seed, "model": args.model, "precision": "bf16",
+        "mask": {"sparsity": args.sparsity, **METHODS[method]}, "tweaks": tweaks,
+        "data": {"name": "cifar10", "limit": args.limit, "batch_size": 64}, "duration": f"{args.epochs}ep",
+    }  # fmt: skip
+
+
+def run(out: Path, content: dict[str, Any]) -> None:
+    """Train one cell in this process."""
+    import torch
+
+    from tost_plugins import Mask, Recipe
+    from tost_plugins.lottery import lottery
+    from tost_plugins.train import train
+
+    torch.set_num_threads(1)
+    if content["mask"]["kind"] != "lottery_ticket":
+        train(Recipe.from_dict(content), out, resume=True)
+    elif content["tweaks"]:
+        rounds = sorted((out.parent / out.name.replace("tost", "plain")).glob("round-*"))
+        mask = {"kind": "file", "path": str(rounds[-1] / "mask.safetensors")}
+        train(Recipe.from_dict(content | {"mask": mask}), out, resume=True, mask=Mask.load(mask["path"]))
+    else:
+        rows = lottery(Recipe.from_dict(content), out, resume=True)
+        (out / "result.json").write_text(json.dumps(rows[-1]))
+
+
+def cell(method: str, variant: str, seed: int, args: argparse.Namespace) -> float:
+    """The test accuracy of one cell, from disk or from a process of its own."""
+    out = args.out / f"{method.replace(', ', '-').replace(' ', '_')}-{variant}-seed{seed}"
+    if not (out / "result.json").exists():
+        content = json.dumps(recipe(method, variant, seed, args))
+        subprocess.run([sys.executable, __file__, "--cell", content, "--out", str(out)], check=True,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    return json.loads((out / "result.json").read_text())["test_accuracy"]
+
+
+def main() -> None:
+    """Run the grid, seed by seed, so that a stopped grid has compared like with like."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--model", default="cifar/resnet20")
+    parser.add_argument("--sparsity", type=float, default=0.95)
+    parser.add_argument("--limit", type=int, default=10000, help="training images")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.cell:
+        return run(args.out, json.loads(args.cell))
+    args.out.mkdir(parents=True, exist_ok=True)
+    cells = [(m, v, s) for v in args.variants for s in range(args.seeds) for m in args.methods]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = dict(zip(cells, pool.map(lambda key: cell(*key, args), cells), strict=True))
+    with (args.out / "methods.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "training", "seed", "test_accuracy"])
+        writer.writerows([*key, f"{accuracy:.2f}"] for key, accuracy in found.items())
+    print(f"{'method':27s}" + "".join(f"{variant:>16s}" for variant in args.variants))
+    for method in args.methods:
+        columns = [[found[method, variant, seed] for seed in range(args.seeds)] for variant in args.variants]
+        shown = [f"{statistics.mean(c):.2f} ({statistics.stdev(c) if len(c) > 1 else 0:.2f})" for c in columns]
+        print(f"{method:27s}" + "".join(f"{text:>16s}" for text in shown))
+
+
+if __name__ == "__main__":
+    main()
