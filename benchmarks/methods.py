@@ -41,7 +41,7 @@ def recipe(method: str, variant: str, seed: int, args: argparse.Namespace) -> di
     return {
         "name": f"{method} ({variant}, seed {seed})", "seed": seed, "model": args.model, "precision": "bf16",
         "mask": {"sparsity": args.sparsity, **METHODS[method]}, "tweaks": tweaks,
-        "data": {"name": "cifar10", "limit": args.limit, "batch_size": 64}, "duration": f"{args.epochs}ep",
+        "data": {"name": "cifar10", "limit": args.limit, "validation": 500, "batch_size": 64}, "duration": f"{args.epochs}ep",
     }  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--model", default="cifar/resnet20")
     parser.add_argument("--sparsity", type=float, default=0.95)
     parser.add_argument("--limit", type=int, default=10000, help="training images")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))

@@ -1008,6 +1008,10 @@ def test_a_model_moved_to_another_dtype_goes_on(case: str) -> None:
             {"kind": "gradual", "sparsity": 0.5, "initial": 0.6},
             r"mask: expected initial of at most sparsity, 0\.5, got 0\.6; lower initial",
         ),
+        (
+            {"kind": "gradual", "sparsity": 0.5, "begin": "0.6dur"},
+            r"mask: expected begin before until, 0\.5dur, got 0\.6dur; begin earlier",
+        ),
         ({"kind": "rigl", "sparsity": 0.5, "drop": 0}, r"mask\.drop: expected greater than 0, got 0"),
         ({"kind": "set", "sparsity": 0.5, "every": 100}, r"mask\.every: .*expected a number with a unit, got 100"),
         ({"kind": "rigl", "sparsity": 0.5, "growth": "random"}, r"mask\.growth: expected no such key"),
@@ -1040,14 +1044,23 @@ def test_epochs_of_unknown_length_are_an_error_at_the_start(mask: dict[str, Any]
 
 def test_rigl_wants_a_gradient_for_every_layer() -> None:
     net = Digits()
-    net.body[3].weight.requires_grad_(False)
+    net.unused = torch.nn.Linear(4, 4)
     session, made = Session(net, recipe("rigl")), OPTIMIZERS["sgd"](net.parameters())
-    message = r"rigl: expected a gradient for body\.3\.weight, got none; add 'body\.3' to `ignore` if it is frozen or not used"
+    message = (
+        r"rigl: expected a gradient for unused\.weight, got none; add 'unused' to `ignore` if it is frozen or not used"
+    )
     with pytest.raises(TostError, match=message), session.drive(made, total_steps=STEPS):
         for batch in BATCHES:
             mask = session.mask
             step(net, made, batch)
     assert session.mask is mask and session.clock.step == 2
+
+
+def test_rigl_says_at_the_start_that_a_layer_is_frozen() -> None:
+    net = Digits()
+    net.body[3].weight.requires_grad_(False)
+    with pytest.raises(TostError, match=r"^mask rigl: expected layers that get gradients, got frozen ones: body\.3;"):
+        history(MOVING["rigl"], net=net)
     net = Digits()
     net.body[3].weight.requires_grad_(False)
     assert "body.3.weight" not in history({**MOVING["rigl"], "ignore": ["body.3"]}, net=net)[-1]

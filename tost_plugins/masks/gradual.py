@@ -57,6 +57,8 @@ class Gradual:
             raise ValueError(
                 f"expected initial of at most sparsity, {self.sparsity}, got {self.initial!r}; lower initial"
             )
+        if self.begin.unit == self.until.unit and self.begin.value > self.until.value:
+            raise ValueError(f"expected begin before until, {self.until}, got {self.begin}; begin earlier")
         return self
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
