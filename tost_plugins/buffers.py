@@ -15,7 +15,7 @@ from tost_plugins.params import device_of, owners, plain_modules, prunable
 MASK, CLOCK = "weight_mask", "tost_clock"
 SEEN, HIDDEN = "weight_seen", "weight_hidden"  # of masks that move: what was ever kept, and what trains out of sight
 CHANGED = "tost_changed"  # how many entries the last move of a mask has changed
-_OURS = (MASK, SEEN, HIDDEN, CLOCK, CHANGED, "alpha", "tost_beta")
+_OURS = (MASK, SEEN, HIDDEN, CLOCK, CHANGED, "alpha", "alive", "tost_beta")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 

@@ -131,6 +131,14 @@ class Task:
             for name, param in self.model.named_parameters()
         }
 
+    def leaves(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The entries of `weights()` for the prunable weights, under the names of `params`.
+
+        A weight that is tied to an embedding has another name among the model's parameters than among the prunable ones.
+        """
+        names = {id(param): clean_name(name) for name, param in self.model.named_parameters()}
+        return {name: weights[names[id(param)]] for name, param in self.params.items()}
+
     def outputs(self, weights: Mapping[str, Tensor], batch: Any, dtype: torch.dtype | None = None) -> Any:
         """What the model returns on `batch` with these weights in place of its own; buffers are thrown-away copies."""
         real = {clean_name(name): name for name, _ in self.model.named_parameters()}

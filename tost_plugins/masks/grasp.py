@@ -19,7 +19,7 @@ from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
 from tost_plugins.masks.keep import top
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.samples import balanced
-from tost_plugins.masks.scores import average, derivative, gradient, leaves, wide
+from tost_plugins.masks.scores import average, derivative, gradient, wide
 from tost_plugins.task import Task, labels_of, logits_of, untouched
 
 
@@ -67,13 +67,13 @@ class Grasp:
             batches, weights = balanced(task, self.per_class), task.weights()
             grads = gradient(task, batches, weights, "grasp", partial(self._loss, task))
             product = self._hessian_times(task, batches, weights, grads)
-            return {name: -wide(w.detach()) * product[name] for name, w in leaves(task, weights).items()}
+            return {name: -wide(w.detach()) * product[name] for name, w in task.leaves(weights).items()}
 
     def _hessian_times(
         self, task: Task, batches: Sequence[Any], weights: Mapping[str, Tensor], vector: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """H times the vector, averaged over samples and ranks: the gradient of (gradient . vector)."""
-        own = leaves(task, weights)
+        own = task.leaves(weights)
 
         def term(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
             loss = self._loss(task, task.outputs(weights, batch), batch)

@@ -11,23 +11,12 @@ from torch import Tensor
 
 from tost_plugins import ranks
 from tost_plugins.errors import TostError
-from tost_plugins.params import clean_name
 from tost_plugins.task import Task
 
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float32 where it has fewer bits than that; itself in float32 and float64."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def leaves(task: Task, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of `task.weights()` for the prunable weights, under the names of `task.params`.
-
-    A weight that is tied to an embedding has another name among the model's parameters than among the
-    prunable ones.
-    """
-    names = {id(param): clean_name(name) for name, param in task.model.named_parameters()}
-    return {name: weights[names[id(param)]] for name, param in task.params.items()}
 
 
 def derivative(
@@ -70,7 +59,7 @@ def gradient(
     batch each get what one rank gets from the whole. Raises TostError on a loss or gradient that is NaN or
     infinite.
     """
-    own, loss = leaves(task, weights), loss or task.loss
+    own, loss = task.leaves(weights), loss or task.loss
 
     def term(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         value = loss(task.outputs(weights, batch), batch)

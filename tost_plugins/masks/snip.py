@@ -12,7 +12,7 @@ from torch import Tensor
 from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
 from tost_plugins.masks.keep import top
 from tost_plugins.masks.mask import Mask
-from tost_plugins.masks.scores import gradient, leaves, wide
+from tost_plugins.masks.scores import gradient, wide
 from tost_plugins.task import Task, untouched
 
 
@@ -53,7 +53,7 @@ class Snip:
         """|g * w| summed over the batches, name -> tensor in the weight's shape, at least float32."""
         with untouched(task.model, task.batches, train=True):
             batches, weights = task.take(self.batches, "snip"), task.weights()
-            own = {name: wide(weight.detach()) for name, weight in leaves(task, weights).items()}
+            own = {name: wide(weight.detach()) for name, weight in task.leaves(weights).items()}
             total = {name: torch.zeros_like(weight) for name, weight in own.items()}
             for turn in range(self.batches):
                 grads = gradient(task, batches[turn : turn + 1], weights, "snip")

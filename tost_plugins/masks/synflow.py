@@ -17,7 +17,7 @@ from tost_plugins.masks import ones
 from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
 from tost_plugins.masks.keep import choose, counts, dense_layers, split, tell
 from tost_plugins.masks.mask import Mask
-from tost_plugins.masks.scores import derivative, leaves
+from tost_plugins.masks.scores import derivative
 from tost_plugins.task import Task, logits_of, untouched
 
 
@@ -66,7 +66,7 @@ class SynFlow:
     def _rounds(self, task: Task, weights: dict[str, Tensor], batch: Any) -> tuple[Tensor, list[str]]:
         """True for the weights that stay, in one row, and the layers which "keep_one" had to help in some
         round."""
-        own = leaves(task, weights)
+        own = task.leaves(weights)
         kept = torch.ones(sum(w.numel() for w in own.values()), dtype=torch.bool, device=task.device)
         scores = torch.empty(kept.shape, dtype=torch.float64, device=task.device)
         dense = dense_layers(own, counts(own, self.sparsity, self.allocation))
@@ -118,7 +118,7 @@ def synaptic_flow(task: Task, weights: Mapping[str, Tensor], batch: Any, out: Ma
     weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     with Uncapped():
         total = logits_of(task.outputs(weights, batch, torch.float64)).sum()
-    own = leaves(task, weights)
+    own = task.leaves(weights)
     for name, grad in derivative(total, own, "synflow").items():
         torch.mul(grad, own[name].detach(), out=out[name]).abs_()
     if not bool(torch.isfinite(total)):

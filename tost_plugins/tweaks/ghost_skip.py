@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -18,6 +18,8 @@ from tost_plugins.clock import Clock, Time, TimeField
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.params import plain_modules, some
 from tost_plugins.schedules import SCHEDULES
+from tost_plugins.task import Task
+from tost_plugins.tweaks.alive import alive_channels
 from tost_plugins.tweaks.base import STRICT, Tweak
 from tost_plugins.tweaks.surgery import mixins_of, restore, swap
 from tost_plugins.tweaks.trace import pairs
@@ -42,13 +44,14 @@ class Holder:
 
 
 class Ghost(nn.Module):
-    """`out + alpha * BN(conv1x1(x))`, stride and groups as in the convolution beside it.
+    """`out + alpha * BN(conv1x1(x))`, stride and groups as in the convolution beside it, in the channels that are `alive`.
 
     `phase` is "live", "dormant" (alpha is 0: no convolution runs, but the parameters stay) or "quiet" (as if absent).
     """
 
     tost_ghost = True  # not a part of the network that masks and reports are about
     alpha: Tensor
+    alive: Tensor
 
     def __init__(self, beside: Any, holder: Holder) -> None:
         super().__init__()
@@ -60,6 +63,7 @@ class Ghost(nn.Module):
                          **where)  # fmt: skip
         self.norm = norm(beside.out_channels, **where)
         self.register_buffer("alpha", torch.ones((), **where))
+        self.register_buffer("alive", torch.ones(beside.out_channels, *[1] * (weight.ndim - 2), **where))
         self.holder = holder
         self.phase: Phase = "live"
         self.strength = 1.0
@@ -68,7 +72,7 @@ class Ghost(nn.Module):
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         if self.phase == "live":
             branch = self.norm(self.conv(_aligned(x, out, self.conv.stride)))
-            return out + (self.alpha * branch).to(out.dtype)
+            return out + ((self.alpha * self.alive).to(branch.dtype) * branch).to(out.dtype)
         if self.phase == "dormant" and ranks.world() > 1 and torch.is_grad_enabled():
             # DDP waits for a gradient of every parameter, in every step: give it zeros
             zero = torch.stack([param.sum() for param in self.parameters()]).sum() * 0
@@ -119,12 +123,14 @@ class GhostSkip(Tweak):
 
     Adds `alpha * BN(conv1x1(input))` behind the norm that follows the convolution (behind the convolution itself where
     none does). `alpha` is 1 at the start and 0 from `until` on; then the branch costs nothing, and `detach` removes it.
+    A channel that is constant in the sparse network gets no ghost: see `alive_channels`.
 
     Fields: `until`, when alpha reaches 0; `schedule`, its curve (a name from `tost_plugins.schedules.SCHEDULES`);
     `layers`, globs of the convolutions that get a ghost.
 
     Paper: "Training Your Sparse Neural Network Better with Any Mask" (Jaiswal et al., ICML 2022), section 3.
-    Differs from the paper: the text gives no schedule; ours is in docs/schedules.md with what was measured.
+    Differs from the paper: the text gives no schedule; ours is in docs/schedules.md with what was measured. Dead
+    channels are left out.
 
     Example:
         >>> GhostSkip(until="0.3dur").until.steps(Clock(total_steps=100))
@@ -168,6 +174,13 @@ class GhostSkip(Tweak):
                 f"call their ghosts; convert_sync_batchnorm and the like come before attach"
             )
 
+    def start(self, task: Task, mask: Mapping[str, Tensor]) -> None:
+        owners = {id(module.ghost_skip): module for module in task.model.modules() if hasattr(module, "ghost_skip")}
+        beside = self._beside(task.model)
+        alive = alive_channels(task, mask, [(conv, owners[id(ghost)]) for ghost, conv in beside])
+        for (ghost, _), found in zip(beside, alive, strict=True):
+            ghost.alive.copy_(found.view(ghost.alive.shape))
+
     def advance(self, model: nn.Module, clock: Clock) -> None:
         alpha = SCHEDULES[self.schedule](1.0, 0.0)(clock.progress(self.until))
         for ghost in ghosts(model):
@@ -196,10 +209,13 @@ class GhostSkip(Tweak):
                 ghost.phase = phase  # type: ignore[assignment]
 
     def companions(self, model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        return [(param, conv.weight) for ghost, conv in self._beside(model) for param in ghost.parameters()]
+
+    def _beside(self, model: nn.Module) -> list[tuple[Ghost, Any]]:
+        """Each ghost and the convolution that it stands beside."""
         convs = {id(m.tost_holder): m for m in model.modules() if Tap in mixins_of(m)}
         around = {id(m.ghost_skip): m for m in model.modules() if AroundConv in mixins_of(m)}
-        beside = [(ghost, around.get(id(ghost)) or convs[id(ghost.holder)]) for ghost in ghosts(model)]
-        return [(param, conv.weight) for ghost, conv in beside for param in ghost.parameters()]  # type: ignore
+        return [(ghost, around.get(id(ghost)) or convs[id(ghost.holder)]) for ghost in ghosts(model)]
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         return {"tost/ghost_skip/alpha": next((ghost.strength for ghost in ghosts(model)), 0.0)}
