@@ -418,7 +418,7 @@ def batch_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
 @pytest.mark.parametrize("stride", [1, 2])
 def test_value_of_a_ghost_by_hand(stride: int) -> None:
     net, x = tiny(stride).train(), torch.randn(3, 1, 6, 6)
-    tweak = tweak_of("ghost_skip")
+    tweak = tweak_of("ghost_skip", until="0.3dur")
     tweak.attach(net, 0)
     (ghost,) = ghosts(net)
     with torch.no_grad():
@@ -673,7 +673,7 @@ def test_every_functional_relu_is_caught(relu: Any, cap: float | None) -> None:
     net, x = Spelled(relu), torch.tensor([[-1.0, 0.5, 9.0]])
     nn.init.eye_(net.fc.weight)
     nn.init.zeros_(net.fc.bias)
-    tweak = SoftActivation(until="10ba", beta=(1, 3))
+    tweak = SoftActivation(until="10ba", beta=(1, 3), schedule="linear")
     tweak.attach(net, 0)
     tweak.advance(net, Clock(5))
     torch.testing.assert_close(net(x), soft(x, 2.0, cap=cap))

@@ -42,7 +42,7 @@ pytestmark = [
 
 MASK = {"kind": "random", "sparsity": 0.5}
 GHOST = {"kind": "ghost_skip", "until": "0.5dur"}
-SOFT = {"kind": "soft_activation", "until": "0.75dur"}
+SOFT = {"kind": "soft_activation", "until": "0.75dur", "beta": [1, 10], "schedule": "linear"}
 SMOOTH = {"kind": "label_smoothing", "alpha": 0.1}
 RECIPE = {"name": "small", "mask": MASK, "tweaks": [GHOST, SOFT, SMOOTH]}
 STEPS, PER_EPOCH = 12, 4

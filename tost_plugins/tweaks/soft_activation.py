@@ -91,10 +91,10 @@ class SoftActivation(Tweak):
 
     kind: Literal["soft_activation"] = "soft_activation"
     optional: bool = False
-    until: TimeField = Time(0.75, "dur")
+    until: TimeField = Time(0.1, "dur")
     shape: Shape = "pswish"
-    beta: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 10.0)
-    schedule: Literal["constant", "linear", "cosine", "geometric"] = "linear"
+    beta: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 100.0)
+    schedule: Literal["constant", "linear", "cosine", "geometric"] = "geometric"
 
     def attach(self, model: nn.Module, seed: int) -> None:
         modules, found = dict(plain_modules(model)), trace(model)
