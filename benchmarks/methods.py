@@ -31,13 +31,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "lottery ticket": {"kind": "lottery_ticket", "prune": 0.632},
 }
 VARIANTS = ("plain", "tost")
+#: Those of the shipped recipe `cifar10_short`, with half the iterations at twice the rate, which are half the time.
+TWEAKS: list[dict[str, Any]] = [
+    {"kind": "ghost_skip", "until": "0.1dur"},
+    {"kind": "soft_activation", "until": "0.1dur"},
+    {"kind": "rescaled_init", "iterations": 30, "learning_rate": 0.02},
+    {"kind": "label_smoothing", "alpha": 0.05},
+]
 
 
 def recipe(method: str, variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """The recipe of a cell; the tweaks are those of the shipped recipe `cifar10_short`."""
-    from tost_plugins import Recipe
-
-    tweaks = Recipe.load("cifar10_short").to_dict()["tweaks"] if variant == "tost" else []
+    """The recipe of a cell."""
+    tweaks = TWEAKS if variant == "tost" else []
     return {
         "name": f"{method} ({variant}, seed {seed})", "seed": seed, "model": args.model, "precision": "bf16",
         "mask": {"sparsity": args.sparsity, **METHODS[method]}, "tweaks": tweaks,
