@@ -35,7 +35,7 @@ def tost(*args: str) -> str:
 
 def test_train_leaves_a_plain_sparse_network_that_loads_strict(tmp_path: Path) -> None:
     result = json.loads(tost("train", "quickstart", *SMALL, "--out", tmp_path / "run", "--json"))
-    assert result["sparsity"] == pytest.approx(0.98, abs=0.01)
+    assert result["sparsity"] == pytest.approx(0.95, abs=0.01)
     assert len(result["history"]) == 2
     net = models.build("cifar/resnet8", 10, 1)
     net.load_state_dict(load_file(tmp_path / "run/model.safetensors"), strict=True)
