@@ -24,7 +24,11 @@ from tost_plugins.tweaks.label_smoothing import LabelSmoothing, SmoothedLoss, sm
 from tost_plugins.tweaks.soft_activation import SoftActivation, soft
 from tost_plugins.tweaks.surgery import restore, swap
 
-SETTINGS: dict[str, dict[str, Any]] = {"rescaled_init": {"iterations": 1}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ghost_skip": {"until": "0.3dur"},
+    "soft_activation": {"until": "0.75dur"},
+    "rescaled_init": {"iterations": 1},
+}
 STRUCTURAL = ["ghost_skip", "soft_activation"]  # those which change the modules
 LATE = Clock(step=100, total_steps=100)
 
@@ -418,7 +422,7 @@ def batch_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
 @pytest.mark.parametrize("stride", [1, 2])
 def test_value_of_a_ghost_by_hand(stride: int) -> None:
     net, x = tiny(stride).train(), torch.randn(3, 1, 6, 6)
-    tweak = tweak_of("ghost_skip", until="0.3dur")
+    tweak = tweak_of("ghost_skip")
     tweak.attach(net, 0)
     (ghost,) = ghosts(net)
     with torch.no_grad():

@@ -280,7 +280,7 @@ def test_schedulers_made_before_the_trainer_drive_the_ghosts_too(scheduler):
 )
 def test_times_in_shares_epochs_and_batches(until, duration, end, steps):
     net = model()
-    tweaks = [{"kind": "ghost_skip", "until": until}, {"kind": "soft_activation", "until": until}]
+    tweaks = [{"kind": "ghost_skip", "until": until}, {**SOFT, "until": until}]
     algorithm = TostAlgorithm({"mask": MASK, "tweaks": tweaks})
     watch = Watch(algorithm, end, end)
     trainer(net, algorithm, max_duration=duration, callbacks=[watch]).fit()

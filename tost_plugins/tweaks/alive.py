@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tost_plugins import ranks
-from tost_plugins.errors import TostError
+from tost_plugins.log import say
 from tost_plugins.task import Task, untouched
 
 #: A convolution, and the module whose output gets the ghost: the norm behind it, or the convolution itself.
@@ -21,7 +21,7 @@ def alive_channels(task: Task, mask: Mapping[str, Tensor], places: Sequence[Plac
 
     A channel is dead if in the masked network it has one value whatever the image: its filter has lost all weights, or
     all that its filter reads is dead. What looks at data is the first batch, in train mode and without a trace; without
-    batches that can be read twice, filters are looked at alone. Rank 0 decides for all.
+    batches that can be read twice and that the network runs on, filters are looked at alone. Rank 0 decides for all.
     """
     found = [_has_weights(task, mask, conv) for conv, _ in places]
     if task.batches is not None and iter(task.batches) is not task.batches:
@@ -56,11 +56,12 @@ def _varying(task: Task, mask: Mapping[str, Tensor], places: Sequence[Place]) ->
         handles = [watch(i, conv, place) for i, (conv, place) in enumerate(places)]
         try:
             task.outputs(weights, batch)
-        except Exception as error:
-            raise TostError(
-                f"ghost_skip: expected batches that the network can be run on, got {type(error).__name__} ({error}); "
-                f"pass others, or none where the mask needs none: then filters without weights are all that gets no ghost"
-            ) from error
+        except Exception as error:  # a trainer may take columns out of the batches that the network does not know
+            say(
+                f"ghost_skip: the network does not run on the batches as they are ({type(error).__name__}: {error}), so dead "
+                f"channels are those without weights"
+            )
+            return [torch.ones_like(alive) for alive in found]
         finally:
             for handle in handles:
                 handle.remove()
