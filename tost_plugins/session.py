@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tost_plugins import buffers, masks, moving, optimizing
+from tost_plugins import buffers, masks, optimizing
 from tost_plugins.clock import Clock, times_of
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.log import say
 from tost_plugins.masks.base import Moving
 from tost_plugins.masks.keep import revive
 from tost_plugins.masks.mask import Mask
+from tost_plugins.moving import Movement
 from tost_plugins.params import clean_name, prunable, some, unwrap
 from tost_plugins.task import Task, call
 from tost_plugins.tweaks import LabelSmoothing, Tweak
@@ -93,10 +94,8 @@ class Session:
         self.smoothing_remedy = "make the training loss with session.criterion(loss_fn)"
         self._mask: Mask | None = None
         self._masked: list[tuple[nn.Parameter, Tensor]] = []  # weights, and their masks in the weights' own dtype
-        self._layers: moving.Layers | None = None  # of a mask that moves, while it runs
-        self._moved_at = -1  # the step at whose gradients the mask has moved: a closure may come by twice
-        self._revealed = False  # whether hidden weights are in the network, between gradients and step
-        self._movement: dict[str, float] | None = None  # what to log of a mask that moves; None if it has moved since
+        self._movement: Movement | None = None  # of a mask that moves, while it runs
+        self._moved: dict[str, float] = {}  # what it had to say at the end
         self._stepped = False  # whether this very session has seen a step: a resumed run has to smooth its loss again
         self._seen: tuple[int, int] | None = None  # identity and version of the clock buffer when last written
 
@@ -189,7 +188,8 @@ class Session:
                 f"step {self.clock.step}: expected finite gradients, got NaN or Inf in {some(bad)}; "
                 f"lower the learning rate, clip gradients, or check the data"
             )
-        if not (self.state == "running" and self._move_before(check_finite)):
+        movement = self._movement
+        if movement is None or not movement.before(self.clock, self.optimizer, check_finite):
             optimizing.mask_gradients(self._masked)
 
     def after_step(self, step: int | None = None) -> None:
@@ -200,7 +200,9 @@ class Session:
         self._expect("after_step", "running", "finished")
         if self.state == "running":
             before, self.clock = self.clock.step, self.clock.at(self.clock.step + 1 if step is None else step)
-            self._move_after() if self.clock.step != before else self.conceal()  # a step told twice moves no mask twice
+            if self._movement is not None and self.clock.step != before:  # a step told twice moves no mask twice
+                self._movement.after(self.clock)
+        self.conceal()
         self.enforce()
         if self.state == "running":
             self._check_smoothing()  # with a closure there is no moment before the step
@@ -210,20 +212,20 @@ class Session:
     def conceal(self) -> None:
         """Take removed weights that train out of sight out of the network again: part of `after_step`, and to be called
         in its place where an optimizer has skipped the step by itself, or was interrupted."""
-        if self._revealed and self._layers is not None:
-            moving.hide(self._layers) if self._hides() else self.enforce()
-        self._revealed = False
+        if self._movement is not None:
+            self._movement.conceal(self.clock)
 
     def enforce(self) -> None:
         """Set weights and optimizer state outside the mask to exactly 0; hidden weights keep their state."""
-        optimizing.mask_weights(self._masked, None if self._hides() else self.optimizer)
+        hides = self._movement is not None and self._movement.hides(self.clock)
+        optimizing.mask_weights(self._masked, None if hides else self.optimizer)
 
     def finish(self) -> Report:
         """Take ghosts and buffers away: the model has its own modules, keys and forward pass again, and is sparse."""
         self._expect("finish", "attached", "running")
         if self.state == "running":
             self._notice_loading()
-            self._movement = self._movement_now()  # its buffers go
+            self._moved = self._movement.metrics() if self._movement is not None else {}  # its buffers go
             self._warn_if_live()
         if self.optimizer is not None:
             optimizing.leave(self.optimizer, (param for param, _ in self._companions()))
@@ -276,8 +278,8 @@ class Session:
     @property
     def mask(self) -> Mask:
         """The mask that the run trains with; raises TostError before `start`."""
-        if self._mask is None and self._layers is not None:  # it has moved since somebody looked
-            self._count(Mask(self._layers.masks))
+        if self._movement is not None and self._movement.mask is not self._mask:
+            self._count(self._movement.mask)
         if self._mask is None:
             raise TostError(f"session.mask: expected a started session, got state {self.state!r}; call start() first")
         return self._mask
@@ -290,7 +292,7 @@ class Session:
             "tost/active_parameters": float(report.active_parameters),
             "tost/ghost_parameters": float(report.ghost_parameters),
         }
-        found |= self._movement_now()
+        found |= self._moved if self._movement is None else self._movement.metrics()
         for tweak in self.tweaks:
             found |= tweak.metrics(self.model)
         return found
@@ -398,10 +400,8 @@ class Session:
                 buffer.copy_(mask[name])
         self.clock = clock
         self._keep(mask)
-        self._revealed = hides
-        self._move_after()
-        if self._layers is not None:
-            moving.share(self._layers)
+        if self._movement is not None:
+            self._movement.begin(clock)
         self._refresh()
         kinds = ", ".join(tweak.kind for tweak in self.tweaks) or "no tweaks"
         left = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
@@ -456,7 +456,6 @@ class Session:
         """Take the mask from the model's buffers (keep it, once finished), and bring all else in line."""
         finished = self.state == "finished"
         self._keep(self.mask if finished else Mask(buffers.beside(self.model, self._params())))
-        self._moved_at, self._revealed = -1, False
         self.enforce()
         if not finished:
             self._tick(self.clock.step)
@@ -465,63 +464,12 @@ class Session:
         params = self._params()
         kept = {name: mask[name].to(param.device, param.dtype) for name, param in params.items()}
         self._count(mask)
-        self._masked, self._layers = list(zip(params.values(), kept.values(), strict=True)), None
+        self._masked, self._movement = list(zip(params.values(), kept.values(), strict=True)), None
         if self.moving is not None and self.state != "finished":
-            self._layers, self._movement = moving.Layers.of(self.model, params, kept, self.moving), None
+            self._movement = Movement(self.moving, self.recipe.seed, self.model, params, kept)
 
     def _count(self, mask: Mask) -> None:
         self._mask, self._sparsity, self._removed = mask, mask.sparsity, mask.size - mask.kept
-
-    def _hides(self) -> bool:
-        """Whether removed weights train out of sight now."""
-        if self.moving is None or self._layers is None:
-            return False
-        return self.moving.hides and not self.moving.settled(self.clock)
-
-    def _move_before(self, check_finite: bool) -> bool:
-        """With final gradients: True if they must reach the removed weights too, or have been used up."""
-        if self._hides():
-            if self._revealed:
-                raise TostError(
-                    f"mask {self.recipe.mask.kind}: expected one gradient for each step, got a second one while all weights "
-                    f"are in the network (SAM and LBFGS take several); use another optimizer, or a mask that does not hide"
-                )
-            moving.reveal(self._layers)  # type: ignore[arg-type]
-            self._revealed = True
-            return True
-        if (
-            self.moving is None
-            or self.optimizer is None
-            or not (self.moving.takes_step and self.moving.due(self.clock))
-        ):
-            return False
-        if not check_finite and optimizing.not_finite(self.model, self.optimizer):
-            return False  # a loss scaler skips this step, and the mask with it
-        if self._moved_at != self.clock.step:
-            self.enforce()  # what grows starts at 0, whatever others have put there
-            grads = {name: param.grad for name, param in self._params().items() if param.grad is not None}
-            self._move(grads)
-            self._moved_at = self.clock.step
-        optimizing.drop_gradients(self.optimizer)
-        return True
-
-    def _move_after(self) -> None:
-        """When a step is done: move a mask that follows the weights, and hide what it removes."""
-        if self.moving is None or self._layers is None:
-            return
-        if not self.moving.takes_step and self.moving.due(self.clock):
-            self._move({})
-        self.conceal()
-
-    def _move(self, grads: dict[str, Tensor]) -> None:
-        assert self.moving is not None and self._layers is not None
-        moving.move(self._layers, self.moving, grads, self.clock, self.recipe.seed)
-        self._movement = self._mask = None
-
-    def _movement_now(self) -> dict[str, float]:
-        if self._movement is None:
-            self._movement = {} if self._layers is None else moving.metrics(self._layers)
-        return self._movement
 
     def _tick(self, step: int) -> None:
         self.clock = self.clock.at(step)
