@@ -28,6 +28,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "dnw": {"kind": "dnw"},
     "dnw, frozen after 1 epoch": {"kind": "dnw", "freeze": "1ep"},
     "gradual": {"kind": "gradual", **EVERY},
+    "dnw, uniform": {"kind": "dnw", "allocation": "uniform"},
+    "dnw, uniform, frozen after 1 epoch": {"kind": "dnw", "allocation": "uniform", "freeze": "1ep"},
+    "gradual, uniform": {"kind": "gradual", "allocation": "uniform", **EVERY},
     "lottery ticket": {"kind": "lottery_ticket", "prune": 0.632},
 }
 VARIANTS = ("plain", "tost")
@@ -104,11 +107,11 @@ def main() -> None:
         writer = csv.writer(file)
         writer.writerow(["method", "training", "seed", "test_accuracy"])
         writer.writerows([*key, f"{accuracy:.2f}"] for key, accuracy in found.items())
-    print(f"{'method':27s}" + "".join(f"{variant:>16s}" for variant in args.variants))
+    print(f"{'method':36s}" + "".join(f"{variant:>16s}" for variant in args.variants))
     for method in args.methods:
         columns = [[found[method, variant, seed] for seed in range(args.seeds)] for variant in args.variants]
         shown = [f"{statistics.mean(c):.2f} ({statistics.stdev(c) if len(c) > 1 else 0:.2f})" for c in columns]
-        print(f"{method:27s}" + "".join(f"{text:>16s}" for text in shown))
+        print(f"{method:36s}" + "".join(f"{text:>16s}" for text in shown))
 
 
 if __name__ == "__main__":

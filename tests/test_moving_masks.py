@@ -338,7 +338,7 @@ def test_published_defaults() -> None:
         assert (method.drop, method.allocation) == (0.3, "erk")
         assert [at for at in range(1001) if method.due(run.at(at))] == [100, 200, 300, 400, 500, 600, 700]
         assert method.settled(run.at(750)) and not method.settled(run.at(749))
-    assert MASKS["dnw"](sparsity=0.9).allocation == "uniform"
+    assert MASKS["dnw"](sparsity=0.9).allocation == MASKS["gradual"](sparsity=0.9).allocation == "erk"
 
 
 # ---- the laws
@@ -816,7 +816,7 @@ def test_all_tweaks_on_top(case: str) -> None:
 def test_rescaled_init_before_dnw_sees_the_sparse_network() -> None:
     """Hidden weights are scaled with their tensor, and the scales are those of the same mask that stays."""
     found = []
-    for case in ({"kind": "dnw", "sparsity": 0.6}, {"kind": "magnitude", "sparsity": 0.6, "allocation": "uniform"}):
+    for case in ({"kind": "dnw", "sparsity": 0.6}, {"kind": "magnitude", "sparsity": 0.6, "allocation": "erk"}):
         net = Digits()
         session = Session(net, recipe(case, tweaks=TWEAKS[2:3])).attach()
         session.start(OPTIMIZERS["sgd"](net.parameters()), BATCHES, loss_fn=F.cross_entropy, total_steps=STEPS)
@@ -864,13 +864,13 @@ def test_gradual_leaves_a_given_mask_that_is_sparser_alone_until_its_turn() -> N
 def test_dnw_that_is_frozen_at_the_start_is_a_static_mask() -> None:
     masks = history({"kind": "dnw", "sparsity": 0.6, "freeze": "0ba"})
     assert all(mask is masks[0] for mask in masks[:-1])
-    assert masks == history({"kind": "magnitude", "sparsity": 0.6, "allocation": "uniform"})
+    assert masks == history({"kind": "magnitude", "sparsity": 0.6, "allocation": "erk"})
 
 
 def test_gradual_that_ends_at_the_start_cuts_there() -> None:
     masks = history({"kind": "gradual", "sparsity": 0.75, "until": "0ba"})
     assert all(mask is masks[0] for mask in masks[:-1])
-    assert masks == history({"kind": "magnitude", "sparsity": 0.75, "allocation": "uniform"})
+    assert masks == history({"kind": "magnitude", "sparsity": 0.75, "allocation": "erk"})
 
 
 def test_the_curve_of_gradual() -> None:
@@ -892,7 +892,7 @@ def test_no_layer_of_gradual_gets_a_weight_back_where_shares_are_rounded() -> No
     more, fewer = (allocate("uniform", shapes, sparsity) for sparsity in FALL)
     assert more is not None and fewer is not None and any(fewer[name] > more[name] for name in shapes)
     weights = {name: torch.arange(1.0, size + 1) for name, size in PARADOX.items()}
-    method = MASKS["gradual"](sparsity=FALL[1], until="4ba")
+    method = MASKS["gradual"](sparsity=FALL[1], until="4ba", allocation="uniform")
     mask = {name: value >= len(value) - more[name] + 1 for name, value in weights.items()}
     new = method.update(mask, weights, {}, Clock(4), torch.Generator())
     assert all(not bool((new[name] & ~mask[name]).any()) for name in mask)

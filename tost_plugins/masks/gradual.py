@@ -30,7 +30,8 @@ class Gradual:
     stay removed. Each cut follows a step's weight update. For `initial` above 0 the training starts at it.
 
     Paper: Zhu and Gupta, To prune, or not to prune, ICLR 2018 workshop.
-    Differs from the paper: nothing removed comes back, where its code lets weights grow again between cuts.
+    Differs from the paper: nothing removed comes back, where its code lets weights grow again between cuts; "erk" shares
+    by default, where the paper's are "uniform" (docs/methods.md compares them).
 
     Example:
         >>> layer, half = Gradual(sparsity=0.8, until="100ba", every="10ba"), Clock(step=50)
@@ -44,7 +45,7 @@ class Gradual:
     kind: Literal["gradual"] = "gradual"
     sparsity: Sparsity
     initial: Sparsity = 0.0
-    allocation: Allocation = "uniform"
+    allocation: Allocation = "erk"
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
     begin: TimeField = Time(0, "ba")
