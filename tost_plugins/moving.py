@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tost_plugins import buffers, ranks, seeds
+from tost_plugins import buffers, ranks, seeds, sharding
 from tost_plugins.clock import Clock
 from tost_plugins.masks.base import Moving
 from tost_plugins.params import owners
@@ -45,13 +45,14 @@ def move(layers: Layers, method: Moving, grads: Mapping[str, Tensor], clock: Clo
     Randomness comes from the seed and the step alone. Every rank gets rank 0's mask, except after each step of a
     method that hides weights: there it follows from weights that are equal on all ranks.
     """
-    new = method.update(layers.masks, layers.weights, grads, clock, seeds.generator(seed, clock.step))
+    weights, grads = ({n: sharding.whole(t) for n, t in tensors.items()} for tensors in (layers.weights, grads))
+    new = method.update(layers.masks, weights, grads, clock, seeds.generator(seed, clock.step))
     if not method.hides or method.settled(clock):
         new = ranks.broadcast(new, next(iter(layers.weights.values())).device)
     layers.changed.copy_(torch.stack([(mask ^ layers.masks[name]).sum() for name, mask in new.items()]).sum())
     for name, mask in new.items():
         layers.masks[name].copy_(mask)
-        layers.kept[name].copy_(mask)
+        layers.kept[name].copy_(sharding.like(mask, layers.kept[name]))
         layers.seen[name].logical_or_(mask)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tost_plugins import buffers, masks, moving, optimizing
+from tost_plugins import buffers, masks, moving, optimizing, sharding
 from tost_plugins.clock import Clock, times_of
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.log import say
@@ -114,6 +114,7 @@ class Session:
                 f"attach: expected the bare model, got it inside {type(self.model).__name__}; "
                 f"attach first, then wrap or compile"
             )
+        sharding.check_bare("attach", self.model)
         if hasattr(self.model, buffers.CLOCK):
             raise TostError(
                 "attach: expected a model without a session, got one that is attached already; "
@@ -152,6 +153,7 @@ class Session:
         TostError with the weights unchanged.
         """
         self._expect("start", "attached", "running", "finished")
+        sharding.check_kind("start", self.model)
         self._check_modules()
         self.adopt(optimizer)
         if clock is not None and self.state != "finished" and self.saved_step() not in (-1, clock.step or None):
@@ -167,8 +169,9 @@ class Session:
             self._resume(clock)
         else:
             self._check_times(clock)
-            task = Task(self.model, self._params(), batches, loss_fn, forward, criterion)
-            self._begin(task, clock)
+            with sharding.unsharded(self.model):
+                mask = self._prepare(Task(self.model, self._params(), batches, loss_fn, forward, criterion), clock)
+            self._begin(mask, clock)
         self.state = "running"
 
     def adopt(self, optimizer: Optimizer) -> None:
@@ -225,6 +228,7 @@ class Session:
             self._notice_loading()
             self._movement = self._movement_now()  # its buffers go
             self._warn_if_live()
+        sharding.reshard(self.model)
         if self.optimizer is not None:
             optimizing.leave(self.optimizer, (param for param, _ in self._companions()))
         for tweak in reversed(self.tweaks):
@@ -376,16 +380,15 @@ class Session:
         self.left_out.append(f"{tweak.kind} ({str(reason).split(': ', 1)[-1].split(';')[0]})")
         self.tweaks = [other for other in self.tweaks if other is not tweak]
 
-    def _begin(self, task: Task, clock: Clock) -> None:
+    def _prepare(self, task: Task, clock: Clock) -> Mask:
         """Find the mask, apply it, and let the tweaks start; after an error the weights are what they were."""
         weights = {param: param.detach().clone() for param in self.model.parameters()}
         with contextlib.ExitStack() as quiet:
             for tweak in self.tweaks:
                 quiet.enter_context(tweak.quiet(self.model))
             mask = self._find_mask(task)
-            hides = self.moving is not None and self.moving.hides and not self.moving.settled(clock)
             try:
-                if not hides:
+                if not self._hides_at(clock):
                     mask.apply_(task.params)
                 self._start_tweaks(task, mask)
             except BaseException:
@@ -393,12 +396,17 @@ class Session:
                     for param, value in weights.items():
                         param.copy_(value)
                 raise
+        return mask
+
+    def _begin(self, mask: Mask, clock: Clock) -> None:
+        """Train with this mask from here on."""
+        params = self._params()
         for which in (buffers.MASK, buffers.SEEN) if self.moving is not None else (buffers.MASK,):
-            for name, buffer in buffers.beside(self.model, dict(task.params), which).items():
+            for name, buffer in buffers.beside(self.model, params, which).items():
                 buffer.copy_(mask[name])
         self.clock = clock
         self._keep(mask)
-        self._revealed = hides
+        self._revealed = self._hides_at(clock)
         self._move_after()
         if self._layers is not None:
             moving.share(self._layers)
@@ -407,6 +415,9 @@ class Session:
         left = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
         source = "a given mask" if self.given_mask is not None else self.recipe.mask.kind
         say(f"recipe {self.recipe.name}: {source}, {self.report(rows=False)}; {kinds}{left}")
+
+    def _hides_at(self, clock: Clock) -> bool:
+        return self.moving is not None and self.moving.hides and not self.moving.settled(clock)
 
     def _start_tweaks(self, task: Task, mask: Mask) -> None:
         for tweak in list(self.tweaks):
@@ -463,7 +474,7 @@ class Session:
 
     def _keep(self, mask: Mask) -> None:
         params = self._params()
-        kept = {name: mask[name].to(param.device, param.dtype) for name, param in params.items()}
+        kept = {name: sharding.like(mask[name].to(p.device, p.dtype), p) for name, p in params.items()}
         self._count(mask)
         self._masked, self._layers = list(zip(params.values(), kept.values(), strict=True)), None
         if self.moving is not None and self.state != "finished":
@@ -535,6 +546,7 @@ class Session:
             self._resume(self.clock)
 
     def _params(self) -> dict[str, nn.Parameter]:
+        sharding.reshard(self.model)
         return prunable(self.model, self.recipe.mask.ignore)
 
     def _companions(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
