@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tost_plugins import buffers, optimizing, ranks, seeds
+from tost_plugins import buffers, optimizing, ranks, seeds, sharding
 from tost_plugins.clock import Clock
 from tost_plugins.errors import TostError
 from tost_plugins.masks.base import Moving
@@ -102,13 +102,14 @@ class Movement:
         Randomness comes from the seed and the step alone. Every rank gets rank 0's mask, except after each step of a
         method that hides weights: there it follows from weights that are equal on all ranks.
         """
-        new = self.method.update(self.masks, self.weights, grads, clock, seeds.generator(self.seed, clock.step))
+        weights, grads = ({n: sharding.whole(t) for n, t in tensors.items()} for tensors in (self.weights, grads))
+        new = self.method.update(self.masks, weights, grads, clock, seeds.generator(self.seed, clock.step))
         if not self.hides(clock):
             new = ranks.broadcast(new, self._device)
         self.changed.copy_(torch.stack([(mask ^ self.masks[name]).sum() for name, mask in new.items()]).sum())
         for name, mask in new.items():
             self.masks[name].copy_(mask)
-            self.kept[name].copy_(mask)
+            self.kept[name].copy_(sharding.like(mask, self.kept[name]))
             self.seen[name].logical_or_(mask)
         self._mask = self._metrics = None
 

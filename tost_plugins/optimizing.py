@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from tost_plugins.errors import TostError
 from tost_plugins.params import some
+from tost_plugins.sharding import any_rank, local
 
 #: A weight, and its mask in the weight's own dtype and on its device.
 Masked = tuple[nn.Parameter, Tensor]
@@ -54,7 +55,7 @@ def mask_weights(masked: Sequence[Masked], optimizer: Optimizer | None) -> None:
     """
     if not masked:
         return
-    torch._foreach_mul_([param for param, _ in masked], [mask for _, mask in masked])
+    torch._foreach_mul_([local(param) for param, _ in masked], [local(mask) for _, mask in masked])
     state = optimizer.state if optimizer is not None else {}
     for param, mask in masked:
         for value in state.get(param, {}).values():
@@ -78,13 +79,15 @@ def drop_gradients(optimizer: Optimizer) -> None:
 
 
 def not_finite(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """The names of parameters whose gradients hold NaN or Inf."""
+    """The names of parameters whose gradients hold NaN or Inf; where ranks hold parts, a rank that has none itself names
+    the others."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not grads or _all_finite(grads):
+    if not grads or not any_rank(not _all_finite(grads), grads[0]):
         return []
-    return [name for name, p in model.named_parameters() if p.grad is not None and not _all_finite([p.grad])]
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return [name for name, grad in named.items() if not _all_finite([grad])] or ["the parts of other ranks"]
 
 
 def _all_finite(grads: list[Tensor]) -> bool:
-    norms = torch._foreach_norm([grad.detach() for grad in grads], float("inf"))
+    norms = torch._foreach_norm([local(grad.detach()) for grad in grads if local(grad).numel()], float("inf"))
     return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())

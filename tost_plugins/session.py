@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tost_plugins import buffers, masks, optimizing
+from tost_plugins import buffers, masks, optimizing, sharding
 from tost_plugins.clock import Clock, times_of
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.log import say
@@ -113,6 +113,7 @@ class Session:
                 f"attach: expected the bare model, got it inside {type(self.model).__name__}; "
                 f"attach first, then wrap or compile"
             )
+        sharding.check_bare("attach", self.model)
         if hasattr(self.model, buffers.CLOCK):
             raise TostError(
                 "attach: expected a model without a session, got one that is attached already; "
@@ -151,6 +152,7 @@ class Session:
         TostError with the weights unchanged.
         """
         self._expect("start", "attached", "running", "finished")
+        sharding.check_kind("start", self.model)
         self._check_modules()
         self.adopt(optimizer)
         if clock is not None and self.state != "finished" and self.saved_step() not in (-1, clock.step or None):
@@ -166,8 +168,9 @@ class Session:
             self._resume(clock)
         else:
             self._check_times(clock)
-            task = Task(self.model, self._params(), batches, loss_fn, forward, criterion)
-            self._begin(task, clock)
+            with sharding.unsharded(self.model):
+                mask = self._prepare(Task(self.model, self._params(), batches, loss_fn, forward, criterion), clock)
+            self._begin(mask, clock)
         self.state = "running"
 
     def adopt(self, optimizer: Optimizer) -> None:
@@ -227,6 +230,7 @@ class Session:
             self._notice_loading()
             self._moved = self._movement.metrics() if self._movement is not None else {}  # its buffers go
             self._warn_if_live()
+        sharding.reshard(self.model)
         if self.optimizer is not None:
             optimizing.leave(self.optimizer, (param for param, _ in self._companions()))
         for tweak in reversed(self.tweaks):
@@ -378,7 +382,7 @@ class Session:
         self.left_out.append(f"{tweak.kind} ({str(reason).split(': ', 1)[-1].split(';')[0]})")
         self.tweaks = [other for other in self.tweaks if other is not tweak]
 
-    def _begin(self, task: Task, clock: Clock) -> None:
+    def _prepare(self, task: Task, clock: Clock) -> Mask:
         """Find the mask, apply it, and let the tweaks start; after an error the weights are what they were."""
         weights = {param: param.detach().clone() for param in self.model.parameters()}
         with contextlib.ExitStack() as quiet:
@@ -395,8 +399,13 @@ class Session:
                     for param, value in weights.items():
                         param.copy_(value)
                 raise
+        return mask
+
+    def _begin(self, mask: Mask, clock: Clock) -> None:
+        """Train with this mask from here on."""
+        params = self._params()
         for which in (buffers.MASK, buffers.SEEN) if self.moving is not None else (buffers.MASK,):
-            for name, buffer in buffers.beside(self.model, dict(task.params), which).items():
+            for name, buffer in buffers.beside(self.model, params, which).items():
                 buffer.copy_(mask[name])
         self.clock = clock
         self._keep(mask)
@@ -462,7 +471,7 @@ class Session:
 
     def _keep(self, mask: Mask) -> None:
         params = self._params()
-        kept = {name: mask[name].to(param.device, param.dtype) for name, param in params.items()}
+        kept = {name: sharding.like(mask[name].to(p.device, p.dtype), p) for name, p in params.items()}
         self._count(mask)
         self._masked, self._movement = list(zip(params.values(), kept.values(), strict=True)), None
         if self.moving is not None and self.state != "finished":
@@ -483,6 +492,7 @@ class Session:
             self._resume(self.clock)
 
     def _params(self) -> dict[str, nn.Parameter]:
+        sharding.reshard(self.model)
         return prunable(self.model, self.recipe.mask.ignore)
 
     def _companions(self) -> list[tuple[nn.Parameter, nn.Parameter]]:

@@ -18,6 +18,7 @@ from tost_plugins.masks.best import best
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scores import wide
 from tost_plugins.params import some
+from tost_plugins.sharding import whole
 
 
 def top(
@@ -117,7 +118,7 @@ def revive(mask: Mask, weights: Mapping[str, Tensor], on_collapse: OnCollapse) -
             f"use another mask, or set on_collapse: keep_one"
         )
     tell(lost)
-    sizes = {name: wide(weights[name].detach()).abs() for name in lost}
+    sizes = {name: wide(whole(weights[name].detach())).abs() for name in lost}
     found = {name: best(size.flatten(), 1).view(size.shape) for name, size in sizes.items()}
     return Mask({**mask, **found}) if lost else mask
 

@@ -17,6 +17,7 @@ from torch.torch_version import TorchVersion
 
 from tost_plugins.errors import TostError
 from tost_plugins.params import clean_name, some
+from tost_plugins.sharding import whole
 
 _FORMAT = "tost_mask"
 
@@ -177,7 +178,7 @@ def _as_bool(name: str, tensor: Tensor) -> Tensor:
             f"mask {name}: expected only 0 and 1, got other values; pass the mask, not the weights "
             f"(Mask.from_zeros takes weights)"
         )
-    return tensor.detach().to(device="cpu", dtype=torch.bool, copy=True).contiguous()
+    return whole(tensor.detach()).to(device="cpu", dtype=torch.bool, copy=True).contiguous()
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:

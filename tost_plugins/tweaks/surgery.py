@@ -22,7 +22,7 @@ def swap(module: nn.Module, mixin: type) -> None:
 def restore(module: nn.Module, mixin: type) -> None:
     """Take `mixin` away again, in any order among several; without it nothing happens."""
     mixins = tuple(m for m in mixins_of(module) if m is not mixin)
-    module.__class__ = _combined(_base(module), mixins) if mixins else _base(module)
+    _become(module, _combined(_base(module), mixins) if mixins else _base(module))
 
 
 def mixins_of(module: nn.Module) -> tuple[type, ...]:
@@ -33,6 +33,16 @@ def mixins_of(module: nn.Module) -> tuple[type, ...]:
 def original_class(module: nn.Module) -> type:
     """The class the module had before any swap."""
     return _base(module)
+
+
+def _become(module: nn.Module, cls: type) -> None:
+    """Change the class that we gave, below what others have put on top of it since, as fully_shard does."""
+    outer = type(module)
+    ours = next((below for below in outer.__mro__ if "tost_mixins" in vars(below)), outer)
+    if ours is not outer:
+        own = {name: value for name, value in vars(outer).items() if name not in ("__dict__", "__weakref__")}
+        cls = type(outer.__name__, tuple(cls if base is ours else base for base in outer.__bases__), own)
+    module.__class__ = cls
 
 
 def _base(module: nn.Module) -> type:
