@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tost_plugins import buffers, masks, moving, optimizing
+from tost_plugins import buffers, gradients, masks, moving, optimizing
 from tost_plugins.clock import Clock, times_of
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.log import say
@@ -93,6 +94,7 @@ class Session:
         self.smoothing_remedy = "make the training loss with session.criterion(loss_fn)"
         self._mask: Mask | None = None
         self._masked: list[tuple[nn.Parameter, Tensor]] = []  # weights, and their masks in the weights' own dtype
+        self._leave_gradients: Callable[[], None] | None = None  # ends the masking of gradients as they come, if it goes on
         self._layers: moving.Layers | None = None  # of a mask that moves, while it runs
         self._moved_at = -1  # the step at whose gradients the mask has moved: a closure may come by twice
         self._revealed = False  # whether hidden weights are in the network, between gradients and step
@@ -161,6 +163,7 @@ class Session:
                 self._mask = Mask.from_zeros(self._params())
             self._notice_loading()
             self._refresh()
+            self._follow_gradients()
             return
         clock = clock or Clock(0, total_steps, steps_per_epoch)
         if self.saved_step() >= 0:
@@ -170,6 +173,7 @@ class Session:
             task = Task(self.model, self._params(), batches, loss_fn, forward, criterion)
             self._begin(task, clock)
         self.state = "running"
+        self._follow_gradients()
 
     def adopt(self, optimizer: Optimizer) -> None:
         """Train with this optimizer; ghosts that it lacks join their convolutions' groups. `start` does the same."""
@@ -218,6 +222,13 @@ class Session:
         """Set weights and optimizer state outside the mask to exactly 0; hidden weights keep their state."""
         optimizing.mask_weights(self._masked, None if self._hides() else self.optimizer)
 
+    def release(self) -> None:
+        """Let gradients be: a loop is over. Part of `finish`, and to be called where a finished session has trained on;
+        `start` takes them up again."""
+        if self._leave_gradients is not None:
+            self._leave_gradients()
+        self._leave_gradients = None
+
     def finish(self) -> Report:
         """Take ghosts and buffers away: the model has its own modules, keys and forward pass again, and is sparse."""
         self._expect("finish", "attached", "running")
@@ -234,6 +245,7 @@ class Session:
         del self.model.tost_session
         started, self.state = self.state == "running", "finished"
         self._keep(self.mask if started else Mask.from_zeros(self._params()))  # what is there now is the result
+        self.release()
         if started:
             self.enforce()
         return self.report()
@@ -468,6 +480,24 @@ class Session:
         self._masked, self._layers = list(zip(params.values(), kept.values(), strict=True)), None
         if self.moving is not None and self.state != "finished":
             self._layers, self._movement = moving.Layers.of(self.model, params, kept, self.moving), None
+        if self._leave_gradients is not None:  # loading may have put other parameters and masks in place of those
+            self._follow_gradients()
+
+    def _follow_gradients(self) -> None:
+        """From now on no gradient of a removed weight is seen by anybody, but where the mask is to see it."""
+        self.release()
+        session = weakref.ref(self)  # torch holds the hooks where Python's collector cannot see them
+
+        def dense() -> bool:
+            return (found := session()) is None or found._wants_dense_gradients()
+
+        self._leave_gradients = gradients.mask_as_they_come(self._masked, dense)
+
+    def _wants_dense_gradients(self) -> bool:
+        """Whether the gradients of the step at hand are to reach removed weights: they train, or are to be compared."""
+        if self.moving is None or self.state != "running":
+            return False
+        return self._hides() or (self.moving.takes_step and self.moving.due(self.clock))
 
     def _count(self, mask: Mask) -> None:
         self._mask, self._sparsity, self._removed = mask, mask.sparsity, mask.size - mask.kept
