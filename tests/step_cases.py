@@ -25,14 +25,17 @@ Look = Callable[[int, Session], None]
 @dataclass
 class Around:
     """What surrounds the steps. `clip` is the largest norm, `parts` the micro-batches of a step, `overflows` the steps
-    (from 0) whose loss is infinite where a loss scaler is used; `look(step, session)` comes after each step."""
+    (from 0) whose loss is infinite where a loss scaler is used, `left_out` those whose batches are not there at all;
+    `look(step, session)` comes after each step."""
 
     recipe: dict[str, Any]
     clip: float = 0.0
     parts: int = 1
     bf16: bool = False
+    dtype: torch.dtype = torch.float32
     scaled: bool = False
     overflows: tuple[int, ...] = ()
+    left_out: tuple[int, ...] = ()
     backend: str = ""
     steps: int = STEPS
     optimizer: Callable[[Any], torch.optim.Optimizer] = field(
@@ -43,8 +46,12 @@ class Around:
 
     def loader(self) -> DataLoader:
         """Micro-batches in their order; Composer cuts whole batches itself."""
-        images, labels = (torch.cat(tensors) for tensors in zip(*digits(self.steps, SIZE), strict=True))
-        return DataLoader(TensorDataset(images, labels), batch_size=SIZE // self.parts)
+        batches = [batch for i, batch in enumerate(digits(self.steps, SIZE)) if i not in self.left_out]
+        images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+        return DataLoader(TensorDataset(images.to(self.dtype), labels), batch_size=SIZE // self.parts)
+
+    def logits(self, out: Tensor) -> Tensor:
+        return out.float() if self.bf16 else out
 
     def scaler(self) -> torch.amp.GradScaler | None:
         return torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000) if self.scaled else None
@@ -84,7 +91,7 @@ def _torch(net: nn.Module, around: Around) -> Session:
         for i, (x, y) in enumerate(loader, 1):
             with torch.autocast("cpu", torch.bfloat16, enabled=around.bf16):
                 out = model(x)
-            loss = loss_fn(out.float(), y) / around.parts
+            loss = loss_fn(around.logits(out), y) / around.parts
             (scaler.scale(loss) if scaler else loss).backward()
             if i % around.parts:
                 continue
@@ -115,7 +122,7 @@ def _no_state_of_others() -> Iterator[None]:
 
 def _scale_on_cpu(accelerator: Any, scaler: Any) -> None:
     """Accelerate has a loss scaler for GPUs only: give it one that works here, before it prepares anything."""
-    accelerator.scaler, accelerator.native_amp = scaler, True
+    accelerator.scaler = scaler
     accelerator.unscale_gradients = lambda optimizer=None: [
         scaler.unscale_(getattr(o, "optimizer", o)) for o in accelerator._optimizers
     ]
@@ -142,7 +149,7 @@ def _accelerate(net: nn.Module, around: Around) -> Session:
         model.train()
         for x, y in loader:
             with accelerator.accumulate(model):
-                accelerator.backward(loss_fn(model(x).float(), y))
+                accelerator.backward(loss_fn(around.logits(model(x)), y))
                 if accelerator.sync_gradients and around.clip:
                     accelerator.clip_grad_norm_(model.parameters(), around.clip)
                 optimizer.step()
@@ -156,12 +163,12 @@ def _accelerate(net: nn.Module, around: Around) -> Session:
 class _Columns(nn.Module):
     """The Hugging Face Trainer passes a batch's columns by name."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, around: Around) -> None:
         super().__init__()
-        self.module = net
+        self.module, self.around = net, around
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        return {"logits": self.module(pixel_values).float()}
+        return {"logits": self.around.logits(self.module(pixel_values))}
 
 
 def _transformers(net: nn.Module, around: Around) -> Session:
@@ -188,7 +195,7 @@ def _transformers(net: nn.Module, around: Around) -> Session:
             logging_strategy="no", disable_tqdm=True, remove_unused_columns=False, use_cpu=True, seed=5,
             bf16=around.bf16, **compiled,
         )  # fmt: skip
-        model = _Columns(Overflowing(net, around) if around.overflows else net)
+        model = _Columns(Overflowing(net, around) if around.overflows else net, around)
         optimizer = around.optimizer(model.parameters())
         trainer = InOrder(
             model=model, args=args, callbacks=[tost, Each()], compute_loss_func=tost.criterion(F.cross_entropy),
@@ -218,7 +225,7 @@ def _composer(net: nn.Module, around: Around) -> Session:
 
         def forward(self, batch: Any) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=around.bf16):
-                return self.module(batch[0]).float()
+                return around.logits(self.module(batch[0]))
 
     tost = TostAlgorithm(around.recipe)
     algorithms = around.algorithms(tost)

@@ -154,3 +154,32 @@ def test_gradients_of_gradients_are_masked_alike() -> None:
     assert not second.any()  # nothing that the mask has taken out is differentiated
     session.finish()
     net.zero_grad()
+
+
+def test_gradients_that_others_have_put_there_or_changed_are_masked_before_the_step() -> None:
+    net, seen = Digits(), []
+    session = Session(net, RANDOM)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    with session.drive(optimizer, total_steps=STEPS):
+        optimizer.register_step_pre_hook(lambda *_: seen.append(dense(session)))  # behind the session's
+        for change in (
+            lambda param: setattr(param, "grad", torch.ones_like(param)),
+            lambda param: param.grad.add_(1.0),
+            lambda param: param.grad.mul_(2.0),
+        ):
+            backward(net, digits(1)[0])
+            change(net.body[3].weight)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert seen == [[]] * 3
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_large_gradients_are_finite(size: float) -> None:
+    net = Digits()
+    session, optimizer = Session(net, RANDOM), torch.optim.SGD(net.parameters(), lr=1e-30)
+    with session.drive(optimizer, total_steps=STEPS):
+        backward(net, digits(1)[0])
+        net.body[3].weight.grad.fill_(size)
+        optimizer.step()
+        assert session.clock.step == 1

@@ -86,5 +86,8 @@ def not_finite(model: nn.Module, optimizer: Optimizer) -> list[str]:
 
 
 def _all_finite(grads: list[Tensor]) -> bool:
-    norms = torch._foreach_norm([grad.detach() for grad in grads], float("inf"))
-    return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
+    """The usual norm is many times as fast as the largest value; where it overflows, as in float16, look closer."""
+    norms = torch._foreach_norm([grad.detach() for grad in grads])
+    if bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
+        return True
+    return all(bool(grad.isfinite().all()) for grad in grads)

@@ -94,7 +94,7 @@ class Session:
         self.smoothing_remedy = "make the training loss with session.criterion(loss_fn)"
         self._mask: Mask | None = None
         self._masked: list[tuple[nn.Parameter, Tensor]] = []  # weights, and their masks in the weights' own dtype
-        self._leave_gradients: Callable[[], None] | None = None  # ends the masking of gradients as they come, if it goes on
+        self._gradients: gradients.Following | None = None  # masks them as they come, while a loop goes on
         self._layers: moving.Layers | None = None  # of a mask that moves, while it runs
         self._moved_at = -1  # the step at whose gradients the mask has moved: a closure may come by twice
         self._revealed = False  # whether hidden weights are in the network, between gradients and step
@@ -194,7 +194,7 @@ class Session:
                 f"lower the learning rate, clip gradients, or check the data"
             )
         if not (self.state == "running" and self._move_before(check_finite)):
-            optimizing.mask_gradients(self._masked)
+            self._gradients.mask() if self._gradients is not None else optimizing.mask_gradients(self._masked)
 
     def after_step(self, step: int | None = None) -> None:
         """After the optimizer's step: mask weights and optimizer state, then count the step and advance the schedules.
@@ -225,9 +225,9 @@ class Session:
     def release(self) -> None:
         """Let gradients be: a loop is over. Part of `finish`, and to be called where a finished session has trained on;
         `start` takes them up again."""
-        if self._leave_gradients is not None:
-            self._leave_gradients()
-        self._leave_gradients = None
+        if self._gradients is not None:
+            self._gradients.end()
+        self._gradients = None
 
     def finish(self) -> Report:
         """Take ghosts and buffers away: the model has its own modules, keys and forward pass again, and is sparse."""
@@ -480,18 +480,18 @@ class Session:
         self._masked, self._layers = list(zip(params.values(), kept.values(), strict=True)), None
         if self.moving is not None and self.state != "finished":
             self._layers, self._movement = moving.Layers.of(self.model, params, kept, self.moving), None
-        if self._leave_gradients is not None:  # loading may have put other parameters and masks in place of those
+        if self._gradients is not None:  # loading may have put other parameters and masks in place of those
             self._follow_gradients()
 
     def _follow_gradients(self) -> None:
         """From now on no gradient of a removed weight is seen by anybody, but where the mask is to see it."""
         self.release()
-        session = weakref.ref(self)  # torch holds the hooks where Python's collector cannot see them
+        session = weakref.ref(self)
 
         def dense() -> bool:
             return (found := session()) is None or found._wants_dense_gradients()
 
-        self._leave_gradients = gradients.mask_as_they_come(self._masked, dense)
+        self._gradients = gradients.Following(self._masked, dense)
 
     def _wants_dense_gradients(self) -> bool:
         """Whether the gradients of the step at hand are to reach removed weights: they train, or are to be compared."""

@@ -50,3 +50,63 @@ def test_clipped_runs_are_the_plain_loops(trainer: str, case: str) -> None:
         found.append((masks, plain_names(session)))
     assert len(found[0][0]) == STEPS and found[0][0] == found[1][0]
     assert not differences(found[0][1], found[1][1])
+
+
+
+# ---- micro-batches
+
+
+@pytest.mark.parametrize("case", ["tweaks", pytest.param("rigl", marks=pytest.mark.long), "dnw"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_micro_batches_are_the_whole_batch(trainer: str, case: str) -> None:
+    """In float64 and without norms: the same masks, schedules of steps, and weights but for the last digits."""
+    recipe = {**CASES[case], "tweaks": [*TWEAKS[1:]]}
+    found = []
+    for parts in (1, 4):
+        seen: list[tuple[int, float, Mask]] = []
+
+        def look(step: int, session: Session, seen: list[Any] = seen) -> None:
+            assert session.clock.step == step or session.state == "finished"
+            seen.append((step, session.metrics().get("tost/soft_activation/beta", 0.0), session.mask))
+
+        net = Digits(norm=False).double()
+        train(trainer, Around(recipe, parts=parts, clip=CLIP, dtype=torch.float64, look=look), net)
+        found.append((seen, {name: value.clone() for name, value in net.state_dict().items()}))
+    assert [step for step, *_ in found[0][0]] == list(range(1, STEPS + 1)) and found[0][0] == found[1][0]
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], value)  # 1e-7 of it
+
+
+# ---- loss scaling
+
+
+OVERFLOWS = (2, 5)  # at 2, RigL would move its mask
+
+
+@pytest.mark.parametrize("clip", [pytest.param(0.0, marks=pytest.mark.long), CLIP], ids=["whole", "clipped"])
+@pytest.mark.parametrize("case", [pytest.param("tweaks", marks=pytest.mark.long), "rigl", "dnw"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_step_that_a_scaler_skips_changes_nothing(trainer: str, case: str, clip: float) -> None:
+    """Composer and the Trainer count it, and leave a move of the mask out; in loops it is as if it had not been."""
+    seen: list[tuple[int, Mask, dict[str, Tensor]]] = []
+
+    def look(step: int, session: Session) -> None:
+        params = prunable(session.model)
+        assert not any(bool(param.detach()[~session.mask[name]].any()) for name, param in params.items())
+        seen.append((session.clock.step, session.mask, {name: p.detach().clone() for name, p in params.items()}))
+
+    around = Around(CASES[case], clip=clip, scaled=True, overflows=OVERFLOWS, look=look)
+    session = train(trainer, around, Digits(norm=False))
+    assert len(seen) == STEPS and session.state == "finished"
+    counts = trainer in ("composer", "transformers")
+    steps = [i + 1 if counts else i + 1 - sum(at <= i for at in OVERFLOWS) for i in range(STEPS)]
+    assert [step for step, *_ in seen] == steps
+    for i in OVERFLOWS:
+        assert seen[i][1] == seen[i - 1][1]
+        assert all(torch.equal(value, seen[i - 1][2][name]) for name, value in seen[i][2].items())
+    moved = [i for i in range(1, STEPS) if seen[i][1] != seen[i - 1][1]]
+    if case == "rigl":
+        assert moved == ([4, 6] if counts else [3, 6, 8])
+    if not counts:  # the same steps without those that are skipped
+        plain = train("torch", Around(CASES[case], clip=clip, scaled=True, left_out=OVERFLOWS), Digits(norm=False))
+        assert not differences(plain_names(plain), plain_names(session))
