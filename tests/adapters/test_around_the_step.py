@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tost_plugins import Mask, Session
 from tost_plugins.params import prunable
+from tost_plugins.session import session_of
 
 RANDOM = {"kind": "random", "sparsity": 0.6, "allocation": "uniform"}
 RIGL = {"kind": "rigl", "sparsity": 0.6, "every": "2ba", "until": "8ba", "drop": 0.6}
@@ -110,3 +111,60 @@ def test_a_step_that_a_scaler_skips_changes_nothing(trainer: str, case: str, cli
     if not counts:  # the same steps without those that are skipped
         plain = train("torch", Around(CASES[case], clip=clip, scaled=True, left_out=OVERFLOWS), Digits(norm=False))
         assert not differences(plain_names(plain), plain_names(session))
+
+
+# ---- precision and compilation
+
+
+@pytest.mark.parametrize("case", ["tweaks", pytest.param("dnw", marks=pytest.mark.long)])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_bfloat16_trains_the_same_network_everywhere(trainer: str, case: str) -> None:
+    session = train(trainer, Around(CASES[case], bf16=True, clip=CLIP))
+    plain = train("torch", Around(CASES[case], bf16=True, clip=CLIP))
+    assert plain.mask == session.mask == Mask.from_zeros(prunable(session.model))
+    assert not differences(plain_names(plain), plain_names(session))
+    full = train("torch", Around(CASES[case], clip=CLIP))
+    assert differences(plain_names(full), plain_names(session))  # so that bfloat16 it was
+    assert {value.dtype for value in weights(session).values()} <= {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize("mask", [RIGL, pytest.param(DNW, marks=pytest.mark.long)], ids=lambda mask: mask["kind"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_whole_run_compiles_again_at_most_twice(trainer: str, mask: dict[str, Any]) -> None:
+    """Once when the ghosts go dormant, and once when ReLU is back; never for the mask, nor for the clipping."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    graphs: list[int] = []
+
+    def look(step: int, session: Session) -> None:
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    recipe = {"mask": mask, "tweaks": [*TWEAKS, {"kind": "rescaled_init", "iterations": 2}]}
+    session = train(trainer, Around(recipe, clip=CLIP, backend="eager", look=look))
+    plain = train("torch", Around(recipe, clip=CLIP))
+    torch._dynamo.reset()
+    assert graphs[0] >= 1 and graphs[-1] - graphs[0] == 2, graphs
+    assert session.mask == plain.mask
+    for name, value in plain_names(plain).items():
+        torch.testing.assert_close(plain_names(session)[name], value, rtol=1e-3, atol=1e-4)
+
+
+# ---- batches that do not fit into memory
+
+
+class TooLarge(Digits):
+    """Runs out of memory on more than `most` samples, from the step `first` of a run on."""
+
+    def __init__(self, most: int, first: int = 0) -> None:
+        super().__init__(norm=False)
+        self.most, self.first, self.failures = most, first, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        session = session_of(self)
+        step = session.clock.step if session is not None and session.state == "running" else -1
+        if self.training and torch.is_grad_enabled() and len(x) > self.most and step >= self.first:
+            self.failures += 1
+            raise RuntimeError("CUDA out of memory.")
+        return super().forward(x)
