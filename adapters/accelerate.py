@@ -89,8 +89,8 @@ class TostHook:
         if steps_per_epoch is None and hasattr(dataloader, "__len__"):
             steps_per_epoch = math.ceil(len(dataloader) / self.accelerator.gradient_accumulation_steps)
         session = self.session
-        session.start(optimizer, dataloader, loss_fn=loss_fn, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
         self._detach_hooks()
+        session.start(optimizer, dataloader, loss_fn=loss_fn, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
         follow = hook(session)  # first, so that what is logged is what the step has led to
         self._remove = [follow, session.optimizer.register_step_post_hook(self._log).remove]  # type: ignore[union-attr]
 
@@ -119,3 +119,4 @@ class TostHook:
         for remove in self._remove:
             remove()
         self._remove = []
+        self.session.release()

@@ -144,6 +144,8 @@ class TostAlgorithm(Algorithm):
             self._start(state, logger, _clock(state, session) if known else None)
             if session.state == "running" and session.clock.step >= (session.clock.total_steps or float("inf")):
                 session.finish()
+        if session.state == "finished":
+            session.release()  # until FIT_START: who only evaluates it has a network that trains like any other
 
     def _start(self, state: State, logger: Logger, clock: Clock | None) -> None:
         model: Any = unwrap(state.model)
@@ -187,6 +189,7 @@ class TostAlgorithm(Algorithm):
         if self.session.state == "running":
             self.session.after_step(int(state.timestamp.batch))  # EMA may have put an averaged clock into the model
             self.session.finish()
+        self.session.release()
         for optimizer in state.optimizers:  # SAM keeps a state beside the inner optimizer's, also of ghosts now gone
             live = {param for group in optimizer.param_groups for param in group["params"]}
             for param in optimizer.state.keys() - live:

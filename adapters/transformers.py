@@ -154,6 +154,7 @@ class TostCallback(TrainerCallback, ExportableState):
         if self.session.state == "running":
             self.session.finish()
             restore(self.session.model, SmoothsOwnLoss)
+        self.session.release()
 
 
 def _loss_and_logits(outputs: Any) -> tuple[Any, Any]:

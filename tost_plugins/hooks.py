@@ -89,6 +89,7 @@ def drive(
         yield session
     finally:
         remove()
+        session.release()
         session.conceal()
     if session.state != "finished":  # a finished run may be resumed, or trained on
         session.finish()

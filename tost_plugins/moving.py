@@ -52,13 +52,17 @@ class Movement:
         """Whether removed weights train out of sight now."""
         return self.method.hides and not self.method.settled(clock)
 
+    def wants_dense(self, clock: Clock) -> bool:
+        """Whether the gradients of the step at hand are to reach removed weights: they train, or are to be compared."""
+        return self.hides(clock) or (self.method.takes_step and self.method.due(clock))
+
     def before(self, clock: Clock, optimizer: Optimizer | None, check_finite: bool) -> bool:
         """With final gradients: True if they are not to be masked, since they must reach the removed weights too or
         have been used up. `check_finite=False`: they may hold NaN or Inf, and a loss scaler skips the step then."""
         if self.hides(clock):
             self._reveal()
             return True
-        if optimizer is None or not (self.method.takes_step and self.method.due(clock)):
+        if optimizer is None or not self.wants_dense(clock):
             return False
         if not check_finite and optimizing.not_finite(self.model, optimizer):
             return False  # the scaler skips this step, and the mask with it

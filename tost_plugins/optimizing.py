@@ -89,5 +89,9 @@ def not_finite(model: nn.Module, optimizer: Optimizer) -> list[str]:
 
 
 def _all_finite(grads: list[Tensor]) -> bool:
-    norms = torch._foreach_norm([local(grad.detach()) for grad in grads if local(grad).numel()], float("inf"))
-    return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
+    """The usual norm is many times as fast as the largest value; where it overflows, as in float16, look closer."""
+    parts = [part for grad in grads if (part := local(grad.detach())).numel()]
+    norms = torch._foreach_norm(parts)
+    if not norms or bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
+        return True
+    return all(bool(part.isfinite().all()) for part in parts)

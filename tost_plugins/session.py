@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tost_plugins import buffers, masks, optimizing, sharding
+from tost_plugins import buffers, gradients, masks, optimizing, sharding
 from tost_plugins.clock import Clock, times_of
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.log import say
@@ -94,6 +95,7 @@ class Session:
         self.smoothing_remedy = "make the training loss with session.criterion(loss_fn)"
         self._mask: Mask | None = None
         self._masked: list[tuple[nn.Parameter, Tensor]] = []  # weights, and their masks in the weights' own dtype
+        self._gradients: gradients.Following | None = None  # masks them as they come, while a loop goes on
         self._movement: Movement | None = None  # of a mask that moves, while it runs
         self._moved: dict[str, float] = {}  # what it had to say at the end
         self._stepped = False  # whether this very session has seen a step: a resumed run has to smooth its loss again
@@ -162,6 +164,7 @@ class Session:
                 self._mask = Mask.from_zeros(self._params())
             self._notice_loading()
             self._refresh()
+            self._follow_gradients()
             return
         clock = clock or Clock(0, total_steps, steps_per_epoch)
         if self.saved_step() >= 0:
@@ -172,6 +175,7 @@ class Session:
                 mask = self._prepare(Task(self.model, self._params(), batches, loss_fn, forward, criterion), clock)
             self._begin(mask, clock)
         self.state = "running"
+        self._follow_gradients()
 
     def adopt(self, optimizer: Optimizer) -> None:
         """Train with this optimizer; ghosts that it lacks join their convolutions' groups. `start` does the same."""
@@ -193,7 +197,7 @@ class Session:
             )
         movement = self._movement
         if movement is None or not movement.before(self.clock, self.optimizer, check_finite):
-            optimizing.mask_gradients(self._masked)
+            self._gradients.mask() if self._gradients is not None else optimizing.mask_gradients(self._masked)
 
     def after_step(self, step: int | None = None) -> None:
         """After the optimizer's step: mask weights and optimizer state, then count the step and advance the schedules.
@@ -223,6 +227,13 @@ class Session:
         hides = self._movement is not None and self._movement.hides(self.clock)
         optimizing.mask_weights(self._masked, None if hides else self.optimizer)
 
+    def release(self) -> None:
+        """Let gradients be: a loop is over. Part of `finish`, and to be called where a finished session has trained on;
+        `start` takes them up again."""
+        if self._gradients is not None:
+            self._gradients.end()
+        self._gradients = None
+
     def finish(self) -> Report:
         """Take ghosts and buffers away: the model has its own modules, keys and forward pass again, and is sparse."""
         self._expect("finish", "attached", "running")
@@ -240,6 +251,7 @@ class Session:
         del self.model.tost_session
         started, self.state = self.state == "running", "finished"
         self._keep(self.mask if started else Mask.from_zeros(self._params()))  # what is there now is the result
+        self.release()
         if started:
             self.enforce()
         return self.report()
@@ -476,6 +488,19 @@ class Session:
         self._masked, self._movement = list(zip(params.values(), kept.values(), strict=True)), None
         if self.moving is not None and self.state != "finished":
             self._movement = Movement(self.moving, self.recipe.seed, self.model, params, kept)
+        if self._gradients is not None:  # loading may have put other parameters and masks in place of those
+            self._follow_gradients()
+
+    def _follow_gradients(self) -> None:
+        """From now on no gradient of a removed weight is seen by anybody, but where the mask is to see it."""
+        self.release()
+        session = weakref.ref(self)
+
+        def dense() -> bool:
+            found = session()
+            return found is None or (found._movement is not None and found._movement.wants_dense(found.clock))
+
+        self._gradients = gradients.Following(self._masked, dense)
 
     def _count(self, mask: Mask) -> None:
         self._mask, self._sparsity, self._removed = mask, mask.sparsity, mask.size - mask.kept

@@ -1,0 +1,172 @@
+"""What people put around a step, in four trainers: clipping, micro-batches, loss scaling, compilation, averaging."""
+
+from typing import Any
+
+import pytest
+import torch
+from moving_cases import STEPS, Digits
+from step_cases import TRAINERS, Around, train
+from torch import Tensor
+
+from tost_plugins import Mask, Session
+from tost_plugins.params import prunable
+from tost_plugins.session import session_of
+
+RANDOM = {"kind": "random", "sparsity": 0.6, "allocation": "uniform"}
+RIGL = {"kind": "rigl", "sparsity": 0.6, "every": "2ba", "until": "8ba", "drop": 0.6}
+DNW = {"kind": "dnw", "sparsity": 0.6}
+TWEAKS = [
+    {"kind": "ghost_skip", "until": "4ba"},
+    {"kind": "soft_activation", "until": "7ba"},
+    {"kind": "label_smoothing"},
+]
+CASES = {
+    "static": {"mask": RANDOM},
+    "tweaks": {"mask": RANDOM, "tweaks": TWEAKS},
+    "rigl": {"mask": RIGL, "tweaks": TWEAKS},
+    "dnw": {"mask": DNW, "tweaks": TWEAKS},
+}
+CLIP = 0.5
+
+
+def weights(session: Session) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in session.model.state_dict().items()}
+
+
+def differences(one: dict[str, Tensor], two: dict[str, Tensor]) -> list[str]:
+    """Names of what is not bit for bit the same."""
+    return [name for name in one.keys() | two.keys() if name not in one or not torch.equal(one[name], two[name])]
+
+
+def plain_names(session: Session) -> dict[str, Tensor]:
+    """The weights under the network's own names: adapters wrap it."""
+    return {name.removeprefix("module.").removeprefix("module."): value for name, value in weights(session).items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("trainer", TRAINERS[1:])
+def test_clipped_runs_are_the_plain_loops(trainer: str, case: str) -> None:
+    found: list[tuple[list[Mask], dict[str, Tensor]]] = []
+    for which in ("torch", trainer):
+        masks: list[Mask] = []
+        around = Around(CASES[case], clip=CLIP, look=lambda step, session, masks=masks: masks.append(session.mask))
+        session = train(which, around)
+        found.append((masks, plain_names(session)))
+    assert len(found[0][0]) == STEPS and found[0][0] == found[1][0]
+    assert not differences(found[0][1], found[1][1])
+
+
+# ---- micro-batches
+
+
+@pytest.mark.parametrize("case", ["tweaks", pytest.param("rigl", marks=pytest.mark.long), "dnw"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_micro_batches_are_the_whole_batch(trainer: str, case: str) -> None:
+    """In float64 and without norms: the same masks, schedules of steps, and weights but for the last digits."""
+    recipe = {**CASES[case], "tweaks": [*TWEAKS[1:]]}
+    found = []
+    for parts in (1, 4):
+        seen: list[tuple[int, float, Mask]] = []
+
+        def look(step: int, session: Session, seen: list[Any] = seen) -> None:
+            assert session.clock.step == step or session.state == "finished"
+            seen.append((step, session.metrics().get("tost/soft_activation/beta", 0.0), session.mask))
+
+        net = Digits(norm=False).double()
+        train(trainer, Around(recipe, parts=parts, clip=CLIP, dtype=torch.float64, look=look), net)
+        found.append((seen, {name: value.clone() for name, value in net.state_dict().items()}))
+    assert [step for step, *_ in found[0][0]] == list(range(1, STEPS + 1)) and found[0][0] == found[1][0]
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], value)  # 1e-7 of it
+
+
+# ---- loss scaling
+
+
+OVERFLOWS = (2, 5)  # at 2, RigL would move its mask
+
+
+@pytest.mark.parametrize("clip", [pytest.param(0.0, marks=pytest.mark.long), CLIP], ids=["whole", "clipped"])
+@pytest.mark.parametrize("case", [pytest.param("tweaks", marks=pytest.mark.long), "rigl", "dnw"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_step_that_a_scaler_skips_changes_nothing(trainer: str, case: str, clip: float) -> None:
+    """Composer and the Trainer count it, and leave a move of the mask out; in loops it is as if it had not been."""
+    seen: list[tuple[int, Mask, dict[str, Tensor]]] = []
+
+    def look(step: int, session: Session) -> None:
+        params = prunable(session.model)
+        assert not any(bool(param.detach()[~session.mask[name]].any()) for name, param in params.items())
+        seen.append((session.clock.step, session.mask, {name: p.detach().clone() for name, p in params.items()}))
+
+    around = Around(CASES[case], clip=clip, scaled=True, overflows=OVERFLOWS, look=look)
+    session = train(trainer, around, Digits(norm=False))
+    assert len(seen) == STEPS and session.state == "finished"
+    counts = trainer in ("composer", "transformers")
+    steps = [i + 1 if counts else i + 1 - sum(at <= i for at in OVERFLOWS) for i in range(STEPS)]
+    assert [step for step, *_ in seen] == steps
+    for i in OVERFLOWS:
+        assert seen[i][1] == seen[i - 1][1]
+        assert all(torch.equal(value, seen[i - 1][2][name]) for name, value in seen[i][2].items())
+    moved = [i for i in range(1, STEPS) if seen[i][1] != seen[i - 1][1]]
+    if case == "rigl":
+        assert moved == ([4, 6] if counts else [3, 6, 8])
+    if not counts:  # the same steps without those that are skipped
+        plain = train("torch", Around(CASES[case], clip=clip, scaled=True, left_out=OVERFLOWS), Digits(norm=False))
+        assert not differences(plain_names(plain), plain_names(session))
+
+
+# ---- precision and compilation
+
+
+@pytest.mark.parametrize("case", ["tweaks", pytest.param("dnw", marks=pytest.mark.long)])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_bfloat16_trains_the_same_network_everywhere(trainer: str, case: str) -> None:
+    session = train(trainer, Around(CASES[case], bf16=True, clip=CLIP))
+    plain = train("torch", Around(CASES[case], bf16=True, clip=CLIP))
+    assert plain.mask == session.mask == Mask.from_zeros(prunable(session.model))
+    assert not differences(plain_names(plain), plain_names(session))
+    full = train("torch", Around(CASES[case], clip=CLIP))
+    assert differences(plain_names(full), plain_names(session))  # so that bfloat16 it was
+    assert {value.dtype for value in weights(session).values()} <= {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize("mask", [RIGL, pytest.param(DNW, marks=pytest.mark.long)], ids=lambda mask: mask["kind"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_whole_run_compiles_again_at_most_twice(trainer: str, mask: dict[str, Any]) -> None:
+    """Once when the ghosts go dormant, and once when ReLU is back; never for the mask, nor for the clipping."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    graphs: list[int] = []
+
+    def look(step: int, session: Session) -> None:
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    recipe = {"mask": mask, "tweaks": [*TWEAKS, {"kind": "rescaled_init", "iterations": 2}]}
+    session = train(trainer, Around(recipe, clip=CLIP, backend="eager", look=look))
+    plain = train("torch", Around(recipe, clip=CLIP))
+    torch._dynamo.reset()
+    assert graphs[0] >= 1 and graphs[-1] - graphs[0] == 2, graphs
+    assert session.mask == plain.mask
+    for name, value in plain_names(plain).items():
+        torch.testing.assert_close(plain_names(session)[name], value, rtol=1e-3, atol=1e-4)
+
+
+# ---- batches that do not fit into memory
+
+
+class TooLarge(Digits):
+    """Runs out of memory on more than `most` samples, from the step `first` of a run on."""
+
+    def __init__(self, most: int, first: int = 0) -> None:
+        super().__init__(norm=False)
+        self.most, self.first, self.failures = most, first, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        session = session_of(self)
+        step = session.clock.step if session is not None and session.state == "running" else -1
+        if self.training and torch.is_grad_enabled() and len(x) > self.most and step >= self.first:
+            self.failures += 1
+            raise RuntimeError("CUDA out of memory.")
+        return super().forward(x)
