@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lottery ticket": {"kind": "lottery_ticket", "prune": 0.632},
 }
 VARIANTS = ("plain", "tost")
-#: Those of the shipped recipe `cifar10_short`, with half the iterations at twice the rate, which are half the time.
+#: All four; a rescaled initialisation of 30 iterations takes a sixth of the time of the published 180.
 TWEAKS: list[dict[str, Any]] = [
     {"kind": "ghost_skip", "until": "0.1dur"},
     {"kind": "soft_activation", "until": "0.1dur"},
