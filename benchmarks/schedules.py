@@ -50,6 +50,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "skip 0.15": [skip(0.15)],
     f"skip 0.05, {EVERYWHERE}": [skip(0.05)],
     f"skip 0.15, {EVERYWHERE}": [skip(0.15)],
+    "skip 0.15, soft 0.15": [skip(0.15), soft(0.15)],
+    "skip 0.15, smooth 0.05": [skip(0.15), SMOOTH],
     "soft 0.6": [soft(0.6)],
     "soft 0.95": [soft(0.95)],
     "smooth 0.1": [smooth(0.1)],
