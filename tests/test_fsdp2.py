@@ -18,6 +18,8 @@ from tost_plugins.params import prunable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "ranks"))
 
+pytest.importorskip("accelerate")
+
 from fsdp2 import STEPS, Net
 
 Rank = dict[str, Any]
@@ -104,6 +106,15 @@ def test_masks_move_as_on_one_rank_with_the_whole_batch(ranks: list[Rank], case:
             torch.testing.assert_close(found["weights"][name], value)
 
 
+def test_accelerate_s_fsdp2_trains_and_resumes_as_ddp(ranks: list[Rank]) -> None:
+    for rank in ranks:
+        for found in rank["accelerate"]:
+            assert found["sharded"] and equal(found["mask"], rank["static"]["plain mask"])
+            for name, value in rank["static"]["plain weights"].items():
+                torch.testing.assert_close(found["weights"][name], value, rtol=1e-12, atol=1e-14)
+        assert equal(rank["accelerate"][0]["weights"], rank["accelerate"][1]["weights"])
+
+
 def test_what_cannot_work_is_refused_on_every_rank(ranks: list[Rank]) -> None:
     for found in (rank["refused"] for rank in ranks):
         assert found["dnw"].startswith("mask dnw: expected whole weights on every rank, got FSDP2's parts")
@@ -112,6 +123,7 @@ def test_what_cannot_work_is_refused_on_every_rank(ranks: list[Rank]) -> None:
         for original in (True, False):
             assert found[f"fsdp1 {original}"].startswith("start: expected DDP or FSDP2, got FullyShardedDataParallel")
         assert "attach first, then fully_shard (FSDP2)" in found["fsdp1 late"]
+        assert found["accelerate fsdp1"].startswith("TostHook: expected DDP or FSDP2, got FSDP1")
 
 
 def test_nan_in_one_part_stops_every_rank(ranks: list[Rank]) -> None:

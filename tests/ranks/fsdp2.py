@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
 from leave import leave
 from moving_cases import MOVING, Digits, history
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_s
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tost_plugins import Session, TostError
+from tost_plugins import Session, TostError, TostHook
 from tost_plugins.params import prunable
 
 STEPS, MIDDLE, PLAIN = 8, 3, 7
@@ -205,11 +207,46 @@ def refused() -> dict[str, str]:
     return found
 
 
+def accelerator(version: int) -> Accelerator:
+    """Accelerate's FSDP. On a CPU it leaves the plugin aside and takes DDP: tell it what it would say of GPUs. All that
+    follows, from `prepare` to `load_state`, is its own code."""
+    AcceleratorState._reset_state(True)
+    found = Accelerator(cpu=True)
+    found.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=version, auto_wrap_policy="size_based_wrap", min_num_params=1
+    )
+    found.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return found
+
+
+def accelerated(folder: Path, resume: bool) -> dict[str, Any]:
+    """The run, or its second half, with TostHook; every layer, those of the ghosts too, is sharded by itself."""
+    accelerate, net = accelerator(2), Net(seed=7 if resume else 0)
+    tost = TostHook(RECIPE, accelerate)
+    tost.attach(net)
+    model, optimizer = accelerate.prepare(net, torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9))
+    if resume:
+        accelerate.load_state(str(folder))
+    tost.start(optimizer, batches(), total_steps=STEPS)
+    loss_fn = tost.criterion(F.cross_entropy)
+    for step, (x, y) in list(enumerate(batches()))[tost.session.clock.step :]:
+        if step == MIDDLE and not resume:
+            accelerate.save_state(str(folder))
+        accelerate.backward(loss_fn(model(x), y))
+        optimizer.step()
+        optimizer.zero_grad()
+    tost.finish()
+    found = {"mask": dict(tost.session.mask), "weights": whole(net.named_parameters())}
+    return {**found, "sharded": isinstance(net, FSDPModule) and isinstance(net.head, FSDPModule)}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     folder = Path(sys.argv[1])
     found: dict[str, Any] = {"static": static(folder), "resumed": resumed(folder), "moving": moving()}
     found["refused"] = refused()
+    found["accelerate"] = [accelerated(folder / "state", resume) for resume in (False, True)]
+    found["refused"]["accelerate fsdp1"] = error(lambda: TostHook(RECIPE, accelerator(1)))
     torch.save(found, folder / f"{dist.get_rank()}.pt")
     leave()
