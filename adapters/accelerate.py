@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -43,6 +43,7 @@ class TostHook:
             raise TostError(
                 f"TostHook: expected an Accelerator, got {accelerator!r}; write TostHook(recipe, accelerator)"
             )
+        _check_kind(accelerator)
         self._mask = overrides.pop("mask") if isinstance(overrides.get("mask"), Mask) else None
         self.recipe, self.accelerator = Recipe.of(recipe, **overrides), accelerator
         self._session: Session | None = None
@@ -120,3 +121,17 @@ class TostHook:
             remove()
         self._remove = []
         self.session.release()
+
+
+def _check_kind(accelerator: Accelerator) -> None:
+    """Raise TostError where weights are kept so that no mask reaches them."""
+    unfit = {
+        DistributedType.DEEPSPEED: "DeepSpeed, whose engine trains copies of the weights that no mask reaches",
+        DistributedType.MEGATRON_LM: "Megatron-LM, whose engine takes the steps by itself",
+        DistributedType.FSDP: "FSDP1, which hides weights in flat rows that no mask fits",
+    }
+    if accelerator.distributed_type in unfit and not accelerator.is_fsdp2:
+        raise TostError(
+            f"TostHook: expected DDP or FSDP2, got {unfit[accelerator.distributed_type]}; launch with "
+            f"`accelerate launch --multi_gpu` (DDP), or with `--use_fsdp --fsdp_version 2`"
+        )

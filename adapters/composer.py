@@ -125,6 +125,11 @@ class TostAlgorithm(Algorithm):
                 f"TostAlgorithm: mask {self.recipe.mask.kind}: expected one gradient for each step, got SAM, which takes "
                 f"two; leave SAM out, or use a mask that does not move"
             )
+        if state.fsdp_config is not None or state.tp_config is not None:
+            raise TostError(
+                "TostAlgorithm: expected one process or DDP, got a parallelism_config, with which Composer keeps weights in "
+                "parts; leave it out (DDP), or use FSDP2 (fully_shard) in a loop of your own (session.drive)"
+            )
         if any(tweak.kind == "label_smoothing" for tweak in self.recipe.tweaks):
             check_hard("TostAlgorithm: label_smoothing", getattr(model, "_loss_fn", None))
             if composer.algorithms.LabelSmoothing in others:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
@@ -104,6 +105,7 @@ class TostCallback(TrainerCallback, ExportableState):
                 f"TostCallback: expected one process per GPU, got one for {args.n_gpu} (DataParallel, whose copies share "
                 f"the ghosts); use torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
+        _check_kind(args)
         self._session = session.attach(kwargs.get("optimizer"))
         session.smoothing_remedy = "pass compute_loss_func=callback.criterion(loss_fn) to the Trainer"
         if session.smoothing is not None:
@@ -183,6 +185,18 @@ def _check_checkpoint(session: Session, state: Any) -> None:
         )
     if state.global_step and isinstance(saved, dict):
         session.load_state_dict({"recipe": saved["args"]["recipe"], "state": session.state})
+
+
+def _check_kind(args: Any) -> None:
+    """Raise TostError where the Trainer keeps weights in parts, as its arguments or `accelerate launch` have it do."""
+    launched = AcceleratorState().distributed_type.value if AcceleratorState._shared_state else ""
+    asked = {"DEEPSPEED": args.deepspeed, "FSDP": args.fsdp, "MEGATRON_LM": None}
+    got = next((kind for kind, value in asked.items() if value or kind == launched), None)
+    if got is not None:
+        raise TostError(
+            f"TostCallback: expected one process or DDP, got {got}, which keeps weights where no mask reaches them; use "
+            f"torchrun without fsdp and deepspeed (DDP), or FSDP2 in a loop of your own (TostHook, or session.drive)"
+        )
 
 
 def _come_first(callback: TostCallback) -> None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from tost_plugins.session import Session
 
 _STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # what torch puts around every step
+_STATE = "torch.distributed.checkpoint.state_dict"  # steps with zero gradients, to have the optimizer make its state
 
 
 def hook(session: Session) -> Callable[[], None]:
@@ -26,7 +27,7 @@ def hook(session: Session) -> Callable[[], None]:
     assert optimizer is not None, "hook() comes after start()"
 
     def before(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if _within_a_step(optimizer):
+        if _no_step(optimizer):
             return None
         # a fused optimizer gets scaled gradients, and skips by itself a step in which they overflow
         check_finite = getattr(optimizer, "found_inf", None) is None
@@ -42,7 +43,7 @@ def hook(session: Session) -> Callable[[], None]:
         return args[:1], {**kwargs, "closure": gradients}
 
     def after(optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        if _within_a_step(optimizer):
+        if _no_step(optimizer):
             return
         skipped = bool(getattr(optimizer, "found_inf", None))
         session.conceal() if skipped else session.after_step()
@@ -56,10 +57,13 @@ def hook(session: Session) -> Callable[[], None]:
     return remove
 
 
-def _within_a_step(optimizer: Optimizer) -> bool:
-    """Whether this hook's step is part of another: a class whose step calls its parent's may have torch see two."""
+def _no_step(optimizer: Optimizer) -> bool:
+    """Whether this hook's step trains nothing by itself: a class whose step calls its parent's may have torch see two, and
+    `get_state_dict` and `set_state_dict` of torch.distributed.checkpoint take a step of an optimizer without state."""
     frame, steps = sys._getframe(1), 0
     while frame is not None:
+        if frame.f_globals.get("__name__") == _STATE:
+            return True
         steps += frame.f_code is _STEP and frame.f_locals.get("self") is optimizer
         frame = frame.f_back
     return steps > 1

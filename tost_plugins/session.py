@@ -154,7 +154,7 @@ class Session:
         TostError with the weights unchanged.
         """
         self._expect("start", "attached", "running", "finished")
-        sharding.check_kind("start", self.model)
+        self._check_sharding()
         self._check_modules()
         self.adopt(optimizer)
         if clock is not None and self.state != "finished" and self.saved_step() not in (-1, clock.step or None):
@@ -371,6 +371,14 @@ class Session:
             )
         for tweak in self.tweaks:
             tweak.check(self.model)
+
+    def _check_sharding(self) -> None:
+        sharding.check_kind("start", self.model)
+        if self.moving is not None and self.moving.hides and any(map(sharding.is_part, self._params().values())):
+            raise TostError(
+                f"mask {self.recipe.mask.kind}: expected whole weights on every rank, got FSDP2's parts, of which no rank can "
+                f"tell the largest after every step; use DDP, or a mask that moves now and then (rigl, set, gradual)"
+            )
 
     def _attach_tweaks(self) -> None:
         done: list[Tweak] = []

@@ -90,7 +90,8 @@ def check_bare(where: str, model: nn.Module) -> None:
     """Raise TostError for a model that is sharded already."""
     if any(is_part(param) for param in model.parameters()) or _by_fsdp1(model):
         raise TostError(
-            f"{where}: expected the bare model, got one that is sharded; attach first, then fully_shard and optimizer"
+            f"{where}: expected the bare model, got one that is sharded; attach first, then fully_shard (FSDP2), and "
+            f"make the optimizer after that"
         )
 
 

@@ -397,9 +397,9 @@ def test_states_of_another_recipe_are_refused(whole: tuple[Path, dict[str, Tenso
 
 
 def test_two_ranks_agree(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     done = subprocess.run(
-        [*command, str(RANK), str(tmp_path)],
+        [*command, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(RANK), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(RANK.parents[2]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -407,11 +407,16 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for one, two in zip(first["runs"], second["runs"], strict=True):
-        assert not differences(one["mask"], two["mask"]) and not differences(one["weights"], two["weights"])
-        assert one["alphas"] == two["alphas"] and one["plain"] and two["plain"]
-    whole, resumed = first["runs"]
-    assert not differences(whole["weights"], resumed["weights"])
+    for case in ("runs", "rigl", "dnw"):
+        whole, resumed = first[case]
+        for one, two in zip(first[case], second[case], strict=True):
+            assert not differences(one["mask"], two["mask"]) and not differences(one["weights"], two["weights"])
+            assert one["states"] == two["states"] and len(set(one["states"])) == len(one["states"])
+            assert one["alphas"] == two["alphas"] and one["plain"] and two["plain"]
+        assert not differences(whole["weights"], resumed["weights"]) and whole["states"][3:] == resumed["states"]
     for found in (first, second):
         assert torch.equal(found["untouched"], found["read"])
+        assert found["runs"][0]["sent"] == found["sent"] and sum(found["sent"].values()) >= 3
     assert not torch.equal(first["read"], second["read"])
+    rigl, dnw = ([Mask(mask) for mask in first[kind][0]["masks"]] for kind in ("rigl", "dnw"))
+    assert [step for step in range(2, 8) if rigl[step - 1] != rigl[step - 2]] == [3, 5] and dnw[0] != dnw[-1]

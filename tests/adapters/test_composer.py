@@ -941,6 +941,8 @@ def test_two_ranks_agree_and_ghosts_end_without_unused_parameters(tmp_path):
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == two
     assert one["find_unused_parameters"] is False
+    assert len(set(one["states"])) == 6
+    assert one["sent"] == one["untouched"] and sum(one["sent"].values()) >= 3
     assert one["alphas"] == pytest.approx([2 / 3, 1 / 3, 0, 0, 0, 0])
     assert one["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert one["plain"]
@@ -952,4 +954,5 @@ def test_two_ranks_agree_and_ghosts_end_without_unused_parameters(tmp_path):
             and masks[3] != masks[4]
             and moving["whole"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
         )
+        assert moving["resumed"].pop("states") == moving["whole"].pop("states")[4:]
         assert moving["resumed"].pop("masks") == masks[4:] and moving["resumed"] == moving["whole"]

@@ -581,13 +581,20 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    first, second = (found["runs"] for found in ranks)
     for case in first:
         assert not differences(first[case]["mask"], second[case]["mask"]), case
         assert not differences(first[case]["weights"], second[case]["weights"]), case
+        assert first[case]["states"] == second[case]["states"] and len(set(first[case]["states"])) > 3, case
         assert first[case]["alphas"] == second[case]["alphas"] and first[case]["plain"] and second[case]["plain"]
         assert [Mask(mask) for mask in first[case]["masks"]] == [Mask(mask) for mask in second[case]["masks"]], case
     rigl, dnw = ([Mask(mask) for mask in first[kind]["masks"]] for kind in ("rigl", "dnw"))
     assert rigl[0] == rigl[1] != rigl[2] == rigl[3] != rigl[4] and dnw[0] != dnw[-1]
     assert not differences(first["unused"]["mask"], first["strict"]["mask"])
     assert not differences(first["whole"]["weights"], first["resumed"]["weights"])
+    assert first["whole"]["states"][3:] == first["resumed"]["states"]
+    for found in ranks:
+        assert found["runs"]["whole"]["sent"] == found["sent"] and sum(found["sent"].values()) >= 3
+        assert len(found["refused"]) == 2
+        assert all(text.startswith("TostCallback: expected one process or DDP, got FSDP") for text in found["refused"])

@@ -11,11 +11,13 @@ from accelerate.data_loader import skip_first_batches
 from leave import leave
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from watch import Watch
 
 from tost_plugins import TostHook
 from tost_plugins.params import prunable
 
 PER_EPOCH, STEPS, MIDDLE = 4, 7, 3
+SEEDED = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=1)
 RECIPE = {
     "mask": {"kind": "snip", "sparsity": 0.6},
     "tweaks": [
@@ -24,6 +26,11 @@ RECIPE = {
         {"kind": "rescaled_init", "iterations": 5},
         {"kind": "label_smoothing", "alpha": 0.1},
     ],
+}
+#: RigL moves with steps 3 and 5.
+MOVING = {
+    "rigl": {"mask": {"kind": "rigl", "sparsity": 0.6, "every": "2ba", "until": "6ba", "drop": 0.5}},
+    "dnw": {"mask": {"kind": "dnw", "sparsity": 0.6}},
 }
 
 
@@ -41,13 +48,12 @@ def loader() -> DataLoader:
     return DataLoader(TensorDataset(images, torch.arange(32) % 4), 4, shuffle=True)
 
 
-def train(folder: Path, resume: bool) -> dict[str, Any]:
-    """A run of 7 steps, or its second half; every rank starts from other weights, as scripts without a seed do."""
-    seeded = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=1)
-    accelerator = Accelerator(cpu=True, dataloader_config=seeded)
+def train(folder: Path, resume: bool, recipe: Any = RECIPE) -> dict[str, Any]:
+    """A run of 7 steps, or its second half. Every rank starts from other weights, as scripts without a seed do."""
+    accelerator = Accelerator(cpu=True, dataloader_config=SEEDED)
     assert accelerator.num_processes == 2
     net = network(seed=accelerator.process_index)
-    tost = TostHook(RECIPE, accelerator)
+    tost = TostHook(recipe, accelerator)
     tost.attach(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     model, optimizer, batches = accelerator.prepare(net, optimizer, loader())
@@ -56,7 +62,7 @@ def train(folder: Path, resume: bool) -> dict[str, Any]:
         accelerator.load_state(str(folder))
         step = tost.session.saved_step()
     tost.start(optimizer, batches, total_steps=STEPS)
-    loss_fn, alphas = tost.criterion(F.cross_entropy), []
+    loss_fn, alphas, masks, watch = tost.criterion(F.cross_entropy), [], [], Watch()
     while step < STEPS:
         batches.set_epoch(step // PER_EPOCH)
         left = skip_first_batches(batches, step % PER_EPOCH) if step % PER_EPOCH else batches
@@ -65,7 +71,9 @@ def train(folder: Path, resume: bool) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            alphas.append(tost.session.metrics()["tost/ghost_skip/alpha"])
+            watch(net, tost.session.optimizer, tost.session)
+            alphas.append(tost.session.metrics().get("tost/ghost_skip/alpha"))
+            masks.append(dict(tost.session.mask))
             if step == MIDDLE and not resume:
                 accelerator.save_state(str(folder))
             if step == STEPS:
@@ -76,9 +84,25 @@ def train(folder: Path, resume: bool) -> dict[str, Any]:
         "mask": dict(tost.session.mask),
         "weights": {name: param.detach() for name, param in net.named_parameters()},
         "alphas": alphas,
+        "masks": masks,
+        "states": watch.states,
+        "sent": watch.sent,
         "plain": list(net.state_dict()) == list(network(0).state_dict())
         and not any(value[~tost.session.mask[name]].any() for name, value in kept.items()),
     }
+
+
+def untouched() -> dict[str, int]:
+    """The collectives of the same loop without ToST."""
+    accelerator, net, watch = Accelerator(cpu=True, dataloader_config=SEEDED), network(0), Watch()
+    sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    model, optimizer, batches = accelerator.prepare(net, sgd, loader())
+    for images, labels in (batch for _ in range(2) for batch in batches):
+        accelerator.backward(F.cross_entropy(model(images), labels))
+        optimizer.step()
+        optimizer.zero_grad()
+        watch(net, sgd)
+    return watch.sent
 
 
 def first_epoch(scored: bool) -> Tensor:
@@ -97,6 +121,11 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     found = {
         "runs": [train(folder / "state", resume=False), train(folder / "state", resume=True)],
+        "sent": untouched(),
+        **{
+            kind: [train(folder / kind, resume, recipe) for resume in (False, True)]
+            for kind, recipe in MOVING.items()
+        },
         "untouched": first_epoch(scored=False),
         "read": first_epoch(scored=True),
     }

@@ -1,7 +1,6 @@
 """One of several ranks: trains with TostAlgorithm on its own part of the data, then once more from a checkpoint of the
 middle, and writes to FOLDER/<rank>.json where both ended; the same with masks that move."""
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from composer.utils import dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
+from watch import Watch, digest
 
 from tost_plugins.adapters.composer import TostAlgorithm
 
@@ -34,13 +34,16 @@ MOVING = [
 
 
 class Masks(Callback):
-    """Notes a digest of the mask after every batch."""
+    """Notes a digest of the mask, and one of all that is trained, after every batch."""
 
-    def __init__(self, algorithm: TostAlgorithm) -> None:
-        self.algorithm, self.found = algorithm, []
+    def __init__(self, algorithm: TostAlgorithm | None) -> None:
+        self.algorithm, self.found, self.watch = algorithm, [], Watch()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self.found.append(digest(dict(self.algorithm.session.mask)))
+        session = self.algorithm.session if self.algorithm else None
+        if session:
+            self.found.append(digest(dict(session.mask)))
+        self.watch(state.model.module, state.optimizers[0], session)
 
 
 def model(seed: int = 0) -> ComposerClassifier:
@@ -56,17 +59,9 @@ def model(seed: int = 0) -> ComposerClassifier:
     )  # fmt: skip
 
 
-def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """One line for many tensors, equal only if they are."""
-    whole = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        whole.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return whole.hexdigest()
-
-
-def train(recipe: dict = RECIPE, seed: int = 0, **options: object) -> dict[str, object]:
-    """Six batches on two ranks."""
-    net, algorithm, memory = model(seed), TostAlgorithm(recipe), InMemoryLogger()
+def train(recipe: dict | None = RECIPE, seed: int = 0, **options: object) -> dict[str, object]:
+    """Six batches on two ranks; without a recipe, without ToST."""
+    net, algorithm, memory = model(seed), TostAlgorithm(recipe) if recipe else None, InMemoryLogger()
     masks = Masks(algorithm)
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(24, 3, 8, 8, generator=generator), torch.randint(4, (24,), generator=generator))
@@ -76,7 +71,7 @@ def train(recipe: dict = RECIPE, seed: int = 0, **options: object) -> dict[str, 
         optimizers=torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9),
         train_dataloader=loader,
         max_duration="2ep",
-        algorithms=[algorithm],
+        algorithms=[algorithm] if algorithm else [],
         loggers=[memory],
         callbacks=[masks],
         progress_bar=False,
@@ -86,6 +81,8 @@ def train(recipe: dict = RECIPE, seed: int = 0, **options: object) -> dict[str, 
     )
     assert isinstance(trainer.state.model, DistributedDataParallel)
     trainer.fit()
+    if algorithm is None:
+        return {"sent": masks.watch.sent}
     # running statistics are each rank's own, and are broadcast before the next forward only
     weights = dict(net.named_parameters())
     return {
@@ -94,6 +91,8 @@ def train(recipe: dict = RECIPE, seed: int = 0, **options: object) -> dict[str, 
         "sparsity": algorithm.session.mask.sparsity,
         "mask": digest(dict(algorithm.session.mask)),
         "masks": masks.found,
+        "states": masks.watch.states,
+        "sent": masks.watch.sent,
         "weights": digest(weights),
         "plain": list(net.state_dict()) == list(model().state_dict()),
     }
@@ -107,13 +106,15 @@ def both(folder: Path, recipe: dict) -> dict[str, object]:
         recipe, dist.get_global_rank(), save_folder=str(folder), save_filename="ba{batch}.pt", save_interval="4ba"
     )
     dist.barrier()
-    return {"whole": whole, "resumed": train(recipe, load_path=str(folder / "ba4.pt"))}
+    resumed = train(recipe, load_path=str(folder / "ba4.pt"))
+    return {"whole": whole, "resumed": {**resumed, "sent": whole["sent"]}}  # too short to count
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     found = train(save_folder=str(folder), save_filename="ba{batch}.pt", save_interval="4ba")
     dist.barrier()
+    found["untouched"] = train(None)["sent"]
     found["resumed"] = train(load_path=str(folder / "ba4.pt"))["weights"]
     found["moving"] = [both(folder, recipe) for recipe in MOVING]
     (folder / f"{dist.get_global_rank()}.json").write_text(json.dumps(found))

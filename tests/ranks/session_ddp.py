@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from leave import leave
 from torch.nn.parallel import DistributedDataParallel
+from watch import Watch
 from zoo import build, data
 
 from tost_plugins import Session
@@ -27,7 +28,8 @@ def main(folder: Path) -> None:
     session = Session(net, RECIPE).attach()
     wrapped = DistributedDataParallel(net, find_unused_parameters=False)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9)
-    found: dict[str, Any] = {"alphas": []}
+    found: dict[str, Any] = {"alphas": [], "untouched": untouched(batches)}
+    watch = Watch()
     with session.drive(optimizer, batches, total_steps=STEPS):
         found["started"] = state(net)
         found |= look_at_buffers(wrapped, net, batches[0][0], rank)
@@ -36,10 +38,25 @@ def main(folder: Path) -> None:
             optimizer.zero_grad()
             F.cross_entropy(wrapped(x), y).backward()
             optimizer.step()
+            watch(net, optimizer, session)
+        found |= {"states": watch.states, "sent": watch.sent}
         found["trained"] = {name: tensor for name, tensor in state(net).items() if "running" not in name}
     found["finished"] = {name: tensor for name, tensor in state(net).items() if "running" not in name}
     found["optimizer"] = {str(i): s["momentum_buffer"] for i, s in optimizer.state_dict()["state"].items()}
     torch.save(found, folder / f"{rank}.pt")
+
+
+def untouched(batches: Any) -> dict[str, int]:
+    """The collectives of the same loop without a session."""
+    net, watch = build("functional").train(), Watch()
+    wrapped = DistributedDataParallel(net, find_unused_parameters=False)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9)
+    for x, y in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(wrapped(x), y).backward()
+        optimizer.step()
+        watch(net, optimizer)
+    return watch.sent
 
 
 def state(net: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from leave import leave
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from watch import Watch
 
-from tost_plugins import TostCallback
+from tost_plugins import TostCallback, TostError
 from tost_plugins.params import prunable
 
 RECIPE = {
@@ -46,40 +47,58 @@ class Net(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-class Watch(TrainerCallback):
-    """Notes alpha and the mask after every step."""
+class Notes(TrainerCallback):
+    """Notes alpha, the mask, and a digest of all that is trained after every step."""
 
-    def __init__(self, tost: TostCallback) -> None:
-        self.tost, self.alphas, self.masks = tost, [], []
+    def __init__(self, tost: TostCallback | None) -> None:
+        self.tost, self.alphas, self.masks, self.watch = tost, [], [], Watch()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
+        self.watch(model, optimizer.optimizer, self.tost and self.tost.session)
+        if self.tost is None:
+            return
         self.alphas.append(self.tost.session.metrics().get("tost/ghost_skip/alpha"))
         self.masks.append(dict(self.tost.session.mask))
 
 
 def train(folder: Path, resume: str | None = None, recipe: Any = RECIPE, **settings: Any) -> dict[str, Any]:
-    """A run of 7 steps; every rank starts from other weights, as scripts without a seed do."""
+    """A run of 7 steps, without a recipe one without ToST; every rank starts from other weights, as scripts without a seed do."""
     generator = torch.Generator().manual_seed(0)
     data = [{"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": i % 4} for i in range(32)]
-    tost, rank = TostCallback(recipe), dist.get_rank() if dist.is_initialized() else 0
-    watch = Watch(tost)
+    tost, rank = TostCallback(recipe) if recipe else None, dist.get_rank() if dist.is_initialized() else 0
+    notes = Notes(tost)
     args = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=4, max_steps=7, use_cpu=True, report_to="none",
         learning_rate=0.05, optim="sgd", disable_tqdm=True, **{"save_strategy": "no", **settings},
     )  # fmt: skip
     model = Net(seed=rank)
-    trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[tost, watch])
+    trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[tost, notes] if tost else [notes])
     assert trainer.accelerator.num_processes == 2
     trainer.train(resume_from_checkpoint=resume)
+    if tost is None:
+        return {"sent": notes.watch.sent}
     kept = {name: param.detach() for name, param in prunable(model).items()}
     return {
         "mask": dict(tost.session.mask),
         "weights": {name: param.detach() for name, param in model.named_parameters()},
-        "alphas": watch.alphas,
-        "masks": watch.masks,
+        "alphas": notes.alphas,
+        "masks": notes.masks,
+        "states": notes.watch.states,
+        "sent": notes.watch.sent,
         "plain": list(model.state_dict()) == list(Net(0).state_dict())
         and not any(value[~tost.session.mask[name]].any() for name, value in kept.items()),
     }
+
+
+def refused(folder: Path) -> list[str]:
+    """What a Trainer with either kind of FSDP says."""
+    found = []
+    for version in (1, 2):
+        try:
+            train(folder, fsdp="full_shard", fsdp_config={"version": version})
+        except TostError as error:
+            found.append(str(error))
+    return found
 
 
 if __name__ == "__main__":
@@ -93,5 +112,6 @@ if __name__ == "__main__":
     }
     for kind, recipe in MOVING.items():
         found[kind] = train(folder / kind, None, recipe, **strict, gradient_accumulation_steps=2)
-    torch.save(found, folder / f"{dist.get_rank()}.pt")
+    extra = {"sent": train(folder / "untouched", None, None, **strict)["sent"], "refused": refused(folder / "fsdp")}
+    torch.save({"runs": found, **extra}, folder / f"{dist.get_rank()}.pt")
     leave()

@@ -18,6 +18,7 @@ from tost_plugins.clock import Clock, Time, TimeField
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.params import plain_modules, some
 from tost_plugins.schedules import SCHEDULES
+from tost_plugins.sharding import is_part
 from tost_plugins.task import Task
 from tost_plugins.tweaks.alive import alive_channels
 from tost_plugins.tweaks.base import STRICT, Tweak
@@ -75,8 +76,8 @@ class Ghost(nn.Module):
             return out + ((self.alpha * self.alive).to(branch.dtype) * branch).to(out.dtype)
         if self.phase == "dormant" and ranks.world() > 1 and torch.is_grad_enabled():
             # DDP waits for a gradient of every parameter, in every step: give it zeros
-            zero = torch.stack([param.sum() for param in self.parameters()]).sum() * 0
-            return out + zero.to(out.dtype)
+            params = [param for param in self.parameters() if not is_part(param)]  # parts that FSDP2 has not gathered
+            return out + (torch.stack([param.sum() for param in params]).sum() * 0).to(out.dtype) if params else out
         return out
 
     def set_strength(self, strength: float) -> None:
