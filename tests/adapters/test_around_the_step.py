@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from moving_cases import STEPS, Digits, digits
+from moving_cases import STEPS, Digits
 from step_cases import SIZE, TRAINERS, Around, train
 from torch import Tensor
 
@@ -15,7 +14,11 @@ from tost_plugins.params import prunable
 RANDOM = {"kind": "random", "sparsity": 0.6, "allocation": "uniform"}
 RIGL = {"kind": "rigl", "sparsity": 0.6, "every": "2ba", "until": "8ba", "drop": 0.6}
 DNW = {"kind": "dnw", "sparsity": 0.6}
-TWEAKS = [{"kind": "ghost_skip", "until": "4ba"}, {"kind": "soft_activation", "until": "7ba"}, {"kind": "label_smoothing"}]
+TWEAKS = [
+    {"kind": "ghost_skip", "until": "4ba"},
+    {"kind": "soft_activation", "until": "7ba"},
+    {"kind": "label_smoothing"},
+]
 CASES = {
     "static": {"mask": RANDOM},
     "tweaks": {"mask": RANDOM, "tweaks": TWEAKS},
@@ -50,7 +53,6 @@ def test_clipped_runs_are_the_plain_loops(trainer: str, case: str) -> None:
         found.append((masks, plain_names(session)))
     assert len(found[0][0]) == STEPS and found[0][0] == found[1][0]
     assert not differences(found[0][1], found[1][1])
-
 
 
 # ---- micro-batches
@@ -194,7 +196,9 @@ def test_composers_smaller_micro_batches_repeat_nothing(case: str, first: int, w
         torch.testing.assert_close(found[1][1][name], value)
 
 
-@pytest.mark.parametrize("kind", ["snip", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("random", "rigl", "dnw"))])
+@pytest.mark.parametrize(
+    "kind", ["snip", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("random", "rigl", "dnw"))]
+)
 def test_the_trainers_smaller_batches_begin_as_if_nothing_had_been(kind: str) -> None:
     """`auto_find_batch_size`: memory runs out while SNIP is looked for, or in the first step."""
     mask = {"snip": {"kind": "snip", "sparsity": 0.6}, "random": RANDOM, "rigl": RIGL, "dnw": DNW}[kind]
