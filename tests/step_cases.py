@@ -24,13 +24,16 @@ Look = Callable[[int, Session], None]
 
 @dataclass
 class Around:
-    """What surrounds the steps. `clip` is the largest norm, `parts` the micro-batches of a step, `overflows` the steps
+    """What surrounds the steps. `clip` is the largest norm, `parts` the micro-batches of a step of `size` samples, which a
+    trainer may divide when memory runs out where `automatic`; `overflows` the steps
     (from 0) whose loss is infinite where a loss scaler is used, `left_out` those whose batches are not there at all;
     `look(step, session)` comes after each step."""
 
     recipe: dict[str, Any]
     clip: float = 0.0
     parts: int = 1
+    size: int = SIZE
+    automatic: bool = False
     bf16: bool = False
     dtype: torch.dtype = torch.float32
     scaled: bool = False
@@ -48,7 +51,7 @@ class Around:
         """Micro-batches in their order; Composer cuts whole batches itself."""
         batches = [batch for i, batch in enumerate(digits(self.steps, SIZE)) if i not in self.left_out]
         images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
-        return DataLoader(TensorDataset(images.to(self.dtype), labels), batch_size=SIZE // self.parts)
+        return DataLoader(TensorDataset(images.to(self.dtype), labels), batch_size=self.size // self.parts)
 
     def logits(self, out: Tensor) -> Tensor:
         return out.float() if self.bf16 else out
@@ -184,16 +187,16 @@ def _transformers(net: nn.Module, around: Around) -> Session:
         def get_train_dataloader(self) -> Any:
             loader = around.loader()
             rows = [{"pixel_values": x, "labels": y} for x, y in loader.dataset]
-            return self.accelerator.prepare(DataLoader(rows, batch_size=loader.batch_size))
+            return self.accelerator.prepare(DataLoader(rows, batch_size=self._train_batch_size))
 
     with _no_state_of_others(), tempfile.TemporaryDirectory() as folder:
         tost = TostCallback(around.recipe)
         compiled = {"torch_compile": True, "torch_compile_backend": around.backend} if around.backend else {}
         args = TrainingArguments(
-            output_dir=folder, max_steps=around.steps, per_device_train_batch_size=SIZE // around.parts,
+            output_dir=folder, max_steps=around.steps, per_device_train_batch_size=around.size // around.parts,
             gradient_accumulation_steps=around.parts, max_grad_norm=around.clip, save_strategy="no", report_to=[],
             logging_strategy="no", disable_tqdm=True, remove_unused_columns=False, use_cpu=True, seed=5,
-            bf16=around.bf16, **compiled,
+            bf16=around.bf16, auto_find_batch_size=around.automatic, **compiled,
         )  # fmt: skip
         model = _Columns(Overflowing(net, around) if around.overflows else net, around)
         optimizer = around.optimizer(model.parameters())
@@ -231,15 +234,16 @@ def _composer(net: nn.Module, around: Around) -> Session:
     algorithms = around.algorithms(tost)
     if around.clip:
         algorithms.append(GradientClipping("norm", around.clip))
-    whole = DataLoader(around.loader().dataset, batch_size=SIZE)
+    whole = DataLoader(around.loader().dataset, batch_size=around.size)
     model = Classifier(Overflowing(net, around) if around.overflows else net, num_classes=10,
                        loss_fn=lambda outputs, target: F.cross_entropy(outputs, target))  # fmt: skip
     trainer = Trainer(
         model=model, train_dataloader=whole, max_duration=f"{around.steps}ba", algorithms=algorithms,
         optimizers=around.optimizer(model.parameters()), callbacks=[Each()], progress_bar=False, device="cpu", seed=5,
-        device_train_microbatch_size=SIZE // around.parts,
+        device_train_microbatch_size=around.size // around.parts,
         compile_config={"backend": around.backend} if around.backend else None,
     )  # fmt: skip
+    trainer.state.auto_microbatching = around.automatic  # Composer's "auto" is for GPUs
     if around.scaled:  # Composer, too, scales losses on GPUs only
         trainer.state.precision, trainer.state.scaler = Precision.AMP_FP16, around.scaler()
     trainer.fit()

@@ -256,6 +256,14 @@ class Session:
             self.enforce()
         return self.report()
 
+    def plain(self, average: nn.Module) -> nn.Module:
+        """Once finished: the plain sparse network with the weights and statistics of `average`, a copy of the attached model
+        such as torch's AveragedModel or an EMA keeps. A mask that has moved is the last one. Raises TostError for a copy
+        from before attach."""
+        from tost_plugins.averages import plain
+
+        return plain(self, average)
+
     def drive(
         self,
         optimizer: Optimizer,
@@ -491,7 +499,11 @@ class Session:
 
     def _keep(self, mask: Mask) -> None:
         params = self._params()
-        kept = {name: sharding.like(mask[name].to(p.device, p.dtype), p) for name, p in params.items()}
+        # laid out in memory as the weight is: multiplying two layouts takes many times as long
+        kept = {
+            name: torch.empty_like(p.detach()).copy_(sharding.like(mask[name].to(p.device), p))
+            for name, p in params.items()
+        }
         self._count(mask)
         self._masked, self._movement = list(zip(params.values(), kept.values(), strict=True)), None
         if self.moving is not None and self.state != "finished":

@@ -5,12 +5,11 @@ from typing import Any
 import pytest
 import torch
 from moving_cases import STEPS, Digits
-from step_cases import TRAINERS, Around, train
+from step_cases import SIZE, TRAINERS, Around, train
 from torch import Tensor
 
 from tost_plugins import Mask, Session
 from tost_plugins.params import prunable
-from tost_plugins.session import session_of
 
 RANDOM = {"kind": "random", "sparsity": 0.6, "allocation": "uniform"}
 RIGL = {"kind": "rigl", "sparsity": 0.6, "every": "2ba", "until": "8ba", "drop": 0.6}
@@ -157,16 +156,64 @@ def test_a_whole_run_compiles_again_at_most_twice(trainer: str, mask: dict[str, 
 
 
 class TooLarge(Digits):
-    """Runs out of memory on more than `most` samples, from the step `first` of a run on."""
+    """Runs out of memory on more than `most` samples from step `first` on, in the forward or the backward pass."""
 
-    def __init__(self, most: int, first: int = 0) -> None:
+    def __init__(self, most: int, first: int = 0, where: str = "forward") -> None:
         super().__init__(norm=False)
-        self.most, self.first, self.failures = most, first, 0
+        self.most, self.first, self.where, self.failures = most, first, where, 0
+        self.step = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        session = session_of(self)
-        step = session.clock.step if session is not None and session.state == "running" else -1
-        if self.training and torch.is_grad_enabled() and len(x) > self.most and step >= self.first:
-            self.failures += 1
-            raise RuntimeError("CUDA out of memory.")
-        return super().forward(x)
+        out = super().forward(x)
+        if self.training and torch.is_grad_enabled() and len(x) > self.most and self.step >= self.first:
+            self._fail() if self.where == "forward" else out.register_hook(lambda gradient: self._fail())
+        return out
+
+    def _fail(self) -> None:
+        self.failures += 1
+        raise RuntimeError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("where", [pytest.param("forward", marks=pytest.mark.long), "backward"])
+@pytest.mark.parametrize(("case", "first"), [("tweaks", 0), ("rigl", 2), ("dnw", 4)])
+@pytest.mark.filterwarnings("ignore:CUDA out of memory or excessive")
+def test_composers_smaller_micro_batches_repeat_nothing(case: str, first: int, where: str) -> None:
+    """Step `first` (RigL would move its mask there) fails twice on its way; all is as with whole batches."""
+    found = []
+    for most in (SIZE, SIZE // 4):
+        seen: list[tuple[int, Mask]] = []
+        net = TooLarge(most, first, where).double()
+
+        def look(step: int, session: Session, seen: list[Any] = seen, net: TooLarge = net) -> None:
+            net.step = step
+            seen.append((session.clock.step, session.mask))
+
+        recipe = {**CASES[case], "tweaks": TWEAKS[1:]}
+        train("composer", Around(recipe, clip=CLIP, dtype=torch.float64, automatic=True, look=look), net)
+        found.append((seen, {name: value.clone() for name, value in net.state_dict().items()}))
+    assert net.failures == 2 and found[0][0] == found[1][0] and len(seen) == STEPS
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], value)
+
+
+@pytest.mark.parametrize(
+    "kind", ["snip", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("random", "rigl", "dnw"))]
+)
+def test_the_trainers_smaller_batches_begin_as_if_nothing_had_been(kind: str) -> None:
+    """`auto_find_batch_size`: memory runs out while SNIP is looked for, or in the first step."""
+    mask = {"snip": {"kind": "snip", "sparsity": 0.6}, "random": RANDOM, "rigl": RIGL, "dnw": DNW}[kind]
+    found = []
+    for size in (SIZE, 6):
+        seen: list[tuple[int, float, Mask]] = []
+        net = TooLarge(6)
+
+        def look(step: int, session: Session, seen: list[Any] = seen) -> None:
+            seen.append((session.clock.step, session.metrics()["tost/ghost_skip/alpha"], session.mask))
+
+        automatic = size == SIZE
+        session = train("transformers", Around({"mask": mask, "tweaks": TWEAKS}, clip=CLIP, size=size,
+                                               automatic=automatic, look=look), net)  # fmt: skip
+        assert net.failures == (2 if automatic else 0) and session.state == "finished"  # 8, then 7, then 6
+        found.append((seen, weights(session)))
+    assert found[0][0] == found[1][0] and [step for step, *_ in seen] == list(range(1, STEPS + 1))
+    assert not differences(found[0][1], found[1][1])
