@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 pytest.importorskip("accelerate")
 
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedType
 from accelerate.data_loader import skip_first_batches
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import GeneralTracker, on_main_process
@@ -325,6 +325,17 @@ def test_what_comes_in_the_wrong_order_is_refused() -> None:
 def test_what_is_no_accelerator_is_refused() -> None:
     with pytest.raises(TostError, match=r"expected an Accelerator, got None; write TostHook\(recipe, accelerator\)"):
         TostHook(RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(DistributedType.DEEPSPEED, "DeepSpeed"), (DistributedType.MEGATRON_LM, "Megatron-LM")],
+)
+def test_engines_that_hold_the_weights_themselves_are_refused(kind: DistributedType, name: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.distributed_type = kind  # as after `accelerate launch`, which needs GPUs and the engine
+    with pytest.raises(TostError, match=rf"TostHook: expected DDP or FSDP2, got {name}, .*; launch with `accelerate"):
+        TostHook(RECIPE, accelerator)
 
 
 def test_a_loss_that_nobody_smooths_is_refused() -> None:

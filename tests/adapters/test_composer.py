@@ -947,6 +947,9 @@ def test_two_ranks_agree_and_ghosts_end_without_unused_parameters(tmp_path):
     assert one["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert one["plain"]
     assert one["resumed"] == one["weights"]
+    assert len(one["refused"]) == 2
+    for text in one["refused"]:
+        assert text.startswith("TostAlgorithm: expected one process or DDP, got a parallelism_config")
     for moving in one["moving"]:
         masks = moving["whole"].pop("masks")
         assert (

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
@@ -569,6 +570,21 @@ def test_a_mask_object_and_deep_copies(tmp_path: Path) -> None:
 
 
 # ---- several ranks
+
+
+def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = pytest.raises(TostError, match="expected one process or DDP, got DEEPSPEED, .*; use torchrun without fsdp")
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    args.deepspeed = {"zero_optimization": {"stage": 1}}  # given to the constructor it asks for the package
+    net, keys = Net(), list(Net().state_dict())
+    with expected:
+        Trainer(model=net, args=args, callbacks=[TostCallback(RECIPE)])
+    made = make(tmp_path, [])
+    for state in (PartialState, AcceleratorState):  # as `accelerate launch` has it, with GPUs and the package
+        monkeypatch.setitem(state._shared_state, "distributed_type", DistributedType.DEEPSPEED)
+    with expected:
+        TostCallback(RECIPE).on_init_end(made.args, made.state, made.control, model=net)
+    assert list(net.state_dict()) == keys
 
 
 def test_two_ranks_agree(tmp_path: Path) -> None:

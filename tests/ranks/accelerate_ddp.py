@@ -62,7 +62,8 @@ def train(folder: Path, resume: bool, recipe: Any = RECIPE) -> dict[str, Any]:
         accelerator.load_state(str(folder))
         step = tost.session.saved_step()
     tost.start(optimizer, batches, total_steps=STEPS)
-    loss_fn, alphas, masks, watch = tost.criterion(F.cross_entropy), [], [], Watch()
+    loss_fn, alphas, masks = tost.criterion(F.cross_entropy), [], []
+    watch = Watch(counts=recipe is RECIPE and not resume)
     while step < STEPS:
         batches.set_epoch(step // PER_EPOCH)
         left = skip_first_batches(batches, step % PER_EPOCH) if step % PER_EPOCH else batches
@@ -94,7 +95,7 @@ def train(folder: Path, resume: bool, recipe: Any = RECIPE) -> dict[str, Any]:
 
 def untouched() -> dict[str, int]:
     """The collectives of the same loop without ToST."""
-    accelerator, net, watch = Accelerator(cpu=True, dataloader_config=SEEDED), network(0), Watch()
+    accelerator, net, watch = Accelerator(cpu=True, dataloader_config=SEEDED), network(0), Watch(counts=True)
     sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     model, optimizer, batches = accelerator.prepare(net, sgd, loader())
     for images, labels in (batch for _ in range(2) for batch in batches):

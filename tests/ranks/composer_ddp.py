@@ -9,12 +9,13 @@ import torch
 from composer import Callback, Logger, State, Trainer
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
-from composer.utils import dist
+from composer.utils import FSDP2Config, FSDPConfig, dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from watch import Watch, digest
 
+from tost_plugins import TostError
 from tost_plugins.adapters.composer import TostAlgorithm
 
 RECIPE = {
@@ -36,8 +37,8 @@ MOVING = [
 class Masks(Callback):
     """Notes a digest of the mask, and one of all that is trained, after every batch."""
 
-    def __init__(self, algorithm: TostAlgorithm | None) -> None:
-        self.algorithm, self.found, self.watch = algorithm, [], Watch()
+    def __init__(self, algorithm: TostAlgorithm | None, counts: bool) -> None:
+        self.algorithm, self.found, self.watch = algorithm, [], Watch(counts)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         session = self.algorithm.session if self.algorithm else None
@@ -62,7 +63,7 @@ def model(seed: int = 0) -> ComposerClassifier:
 def train(recipe: dict | None = RECIPE, seed: int = 0, **options: object) -> dict[str, object]:
     """Six batches on two ranks; without a recipe, without ToST."""
     net, algorithm, memory = model(seed), TostAlgorithm(recipe) if recipe else None, InMemoryLogger()
-    masks = Masks(algorithm)
+    masks = Masks(algorithm, counts=recipe in (None, RECIPE) and "load_path" not in options)
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(24, 3, 8, 8, generator=generator), torch.randint(4, (24,), generator=generator))
     loader = DataLoader(data, batch_size=4, sampler=dist.get_sampler(data, shuffle=False))
@@ -106,15 +107,27 @@ def both(folder: Path, recipe: dict) -> dict[str, object]:
         recipe, dist.get_global_rank(), save_folder=str(folder), save_filename="ba{batch}.pt", save_interval="4ba"
     )
     dist.barrier()
-    resumed = train(recipe, load_path=str(folder / "ba4.pt"))
-    return {"whole": whole, "resumed": {**resumed, "sent": whole["sent"]}}  # too short to count
+    return {"whole": whole, "resumed": train(recipe, load_path=str(folder / "ba4.pt"))}
+
+
+def refused() -> list[str]:
+    """What a Trainer that is to shard the weights says, with either kind of FSDP."""
+    found = []
+    for config in (FSDPConfig(), FSDP2Config()):
+        try:
+            train(parallelism_config={"fsdp": config})
+        except TostError as error:
+            found.append(str(error))
+    return found
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    found = train(save_folder=str(folder), save_filename="ba{batch}.pt", save_interval="4ba")
+    saved = {"save_filename": "ba{batch}.pt", "save_interval": "4ba"}
+    found = train(save_folder=str(folder), **saved)
     dist.barrier()
-    found["untouched"] = train(None)["sent"]
+    found["untouched"] = train(None, save_folder=str(folder / "untouched"), **saved)["sent"]
     found["resumed"] = train(load_path=str(folder / "ba4.pt"))["weights"]
+    found["refused"] = refused()
     found["moving"] = [both(folder, recipe) for recipe in MOVING]
     (folder / f"{dist.get_global_rank()}.json").write_text(json.dumps(found))

@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
     wrapped = DistributedDataParallel(net, find_unused_parameters=False)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9)
     found: dict[str, Any] = {"alphas": [], "untouched": untouched(batches)}
-    watch = Watch()
+    watch = Watch(counts=True)
     with session.drive(optimizer, batches, total_steps=STEPS):
         found["started"] = state(net)
         found |= look_at_buffers(wrapped, net, batches[0][0], rank)
@@ -48,7 +48,7 @@ def main(folder: Path) -> None:
 
 def untouched(batches: Any) -> dict[str, int]:
     """The collectives of the same loop without a session."""
-    net, watch = build("functional").train(), Watch()
+    net, watch = build("functional").train(), Watch(counts=True)
     wrapped = DistributedDataParallel(net, find_unused_parameters=False)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9)
     for x, y in batches:

@@ -50,8 +50,8 @@ class Net(nn.Module):
 class Notes(TrainerCallback):
     """Notes alpha, the mask, and a digest of all that is trained after every step."""
 
-    def __init__(self, tost: TostCallback | None) -> None:
-        self.tost, self.alphas, self.masks, self.watch = tost, [], [], Watch()
+    def __init__(self, tost: TostCallback | None, counts: bool) -> None:
+        self.tost, self.alphas, self.masks, self.watch = tost, [], [], Watch(counts)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
         self.watch(model, optimizer.optimizer, self.tost and self.tost.session)
@@ -66,7 +66,7 @@ def train(folder: Path, resume: str | None = None, recipe: Any = RECIPE, **setti
     generator = torch.Generator().manual_seed(0)
     data = [{"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": i % 4} for i in range(32)]
     tost, rank = TostCallback(recipe) if recipe else None, dist.get_rank() if dist.is_initialized() else 0
-    notes = Notes(tost)
+    notes = Notes(tost, counts=folder.name in ("whole", "untouched"))
     args = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=4, max_steps=7, use_cpu=True, report_to="none",
         learning_rate=0.05, optim="sgd", disable_tqdm=True, **{"save_strategy": "no", **settings},
@@ -95,7 +95,7 @@ def refused(folder: Path) -> list[str]:
     found = []
     for version in (1, 2):
         try:
-            train(folder, fsdp="full_shard", fsdp_config={"version": version})
+            train(folder, fsdp="full_shard", fsdp_config={"version": version, "sync_module_states": False})
         except TostError as error:
             found.append(str(error))
     return found
@@ -103,15 +103,15 @@ def refused(folder: Path) -> list[str]:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    strict = {"ddp_find_unused_parameters": False}
+    strict, saved = {"ddp_find_unused_parameters": False}, {"save_strategy": "steps", "save_steps": 3}
     found = {
         "unused": train(folder / "unused", ddp_find_unused_parameters=True),
         "strict": train(folder / "strict", **strict, gradient_accumulation_steps=2),
-        "whole": train(folder / "whole", **strict, save_strategy="steps", save_steps=3),
+        "whole": train(folder / "whole", **strict, **saved),
         "resumed": train(folder / "resumed", str(folder / "whole" / "checkpoint-3"), **strict),
     }
     for kind, recipe in MOVING.items():
         found[kind] = train(folder / kind, None, recipe, **strict, gradient_accumulation_steps=2)
-    extra = {"sent": train(folder / "untouched", None, None, **strict)["sent"], "refused": refused(folder / "fsdp")}
+    extra = {"sent": train(folder / "untouched", None, None, **strict, **saved)["sent"], "refused": refused(folder / "fsdp")}
     torch.save({"runs": found, **extra}, folder / f"{dist.get_rank()}.pt")
     leave()

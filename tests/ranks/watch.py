@@ -36,18 +36,20 @@ def state_of(model: nn.Module, optimizer: Any, session: Session | None) -> str:
 
 
 class Watch:
-    """Call it after every step: `states` is what was there then, `sent` which collectives ran from step FIRST to LAST."""
+    """Call it after every step: `states` is what was there then. A run that `counts`, which has to come to LAST, gets in
+    `sent` which collectives ran from step FIRST to there."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: bool = False) -> None:
         self.states: list[str] = []
         self.sent: dict[str, int] = {}
+        self._counts = counts
         self._profile = profile(activities=[ProfilerActivity.CPU])
 
     def __call__(self, model: nn.Module, optimizer: Any, session: Session | None = None) -> None:
         self.states.append(state_of(model, optimizer, session))
-        if len(self.states) == FIRST:
+        if self._counts and len(self.states) == FIRST:
             self._profile.start()
-        if len(self.states) == LAST:
+        if self._counts and len(self.states) == LAST:
             self._profile.stop()
             names = Counter(event.name for event in self._profile.events())  # type: ignore[union-attr]
             self.sent = {name: count for name, count in names.items() if name.startswith("c10d::")}
