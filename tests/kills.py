@@ -149,11 +149,15 @@ def case(trainer: str, method: str, kills: int, scratch: Path, chance: random.Ra
 def start(command: list[str], out: Path, log: Path, die_at: int = 0, count_in: Path | None = None) -> int:
     """Run `tost` in a new process group; before its `die_at`-th change to the folder `out` it kills itself."""
     sys.stdout.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # for a moment, until the child is ready for it
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return pid
     status = 70
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         os.setsid()
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
@@ -180,13 +184,17 @@ def start(command: list[str], out: Path, log: Path, die_at: int = 0, count_in: P
 
 
 def watch(out: Path, die_at: int) -> Callable[[], int]:
-    """Count this process's changes to a folder, and kill it before one of them; returns what tells the number."""
+    """Count this process's changes to a folder, and kill it before one of them; returns what tells the number.
+
+    A file that it writes under its final name is an error, but in the checkpoints of a trainer."""
     number, root = 0, str(out)
 
     def see(event: str, args: tuple[Any, ...]) -> None:
         nonlocal number
         if event == "open":
             ours = isinstance(args[0], str) and args[0].startswith(root) and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
+            if ours and not args[0].endswith(".tmp") and not {"checkpoints", "early.tmp"} & set(Path(args[0]).parts):
+                raise Failed(f"expected a temporary name to write to, got {args[0]}")
         else:  # a folder is removed from within: its files have no path then
             ours = event in _CHANGES and (str(args[0]).startswith(root) or (event == "os.remove" and args[1] != -1))
         number += ours
@@ -202,8 +210,7 @@ def wait(pid: int, until: float | None = None, when: Callable[[], bool] | None =
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if when() if when is not None else time.monotonic() >= (until or 0):
             return False
-        if when is None:
-            time.sleep(0.001)
+        time.sleep(0.0005)
     return True
 
 

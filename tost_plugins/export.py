@@ -26,7 +26,13 @@ def export(source: str | Path, out: str | Path, unfinished: bool = False) -> dic
     activations were still at work computes something else than the plain network: a TostError, unless `unfinished`.
     """
     path = find(Path(source))
-    tensors, _ = read_tensors(path)
+    if path.resolve() == Path(out).resolve():
+        raise TostError(
+            f"export {path}: expected another file to write to, got the checkpoint itself; choose a new name"
+        )
+    tensors, packed = read_tensors(path)
+    if packed is not None:
+        raise TostError(f"export {path}: expected a checkpoint, got a mask file, which holds no weights; see tost mask")
     tensors = {clean_name(name): tensor for name, tensor in tensors.items()}
     live = [name for name, value in tensors.items() if _is_live(name, value)]
     if live and not unfinished:
