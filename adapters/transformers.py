@@ -129,9 +129,7 @@ class TostCallback(TrainerCallback, ExportableState):
         loader = kwargs["train_dataloader"]
         per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps) if hasattr(loader, "__len__") else None
         session.start(kwargs["optimizer"], loader, clock=Clock(state.global_step, state.max_steps, per_epoch))
-        parts = (session.recipe.mask, *session.tweaks) if session.state == "running" else ()
-        times = [part.until for part in parts if hasattr(part, "until")]
-        self._plain_from = max([time.steps(session.clock) for time in times], default=0)
+        self._plain_from = _ends(session, session.recipe.mask, *session.tweaks) if session.state == "running" else 0
         if args.load_best_model_at_end and self._plain_from:
             say(f"load_best_model_at_end: the best from step {self._plain_from} on, where the network is the plain one")
 
@@ -175,8 +173,19 @@ def _scale(loss: Tensor, logits: Tensor, labels: Tensor, items: Tensor | int | N
     return torch.where((loss - mean * share).abs() < (loss - mean).abs(), share, 1.0)
 
 
+def _ends(session: Session, *parts: Any) -> int:
+    """The step at which the last of these parts of a recipe has come to its end."""
+    return max([part.until.steps(session.clock) for part in parts if hasattr(part, "until")], default=0)
+
+
 def _check_checkpoint(session: Session, state: Any) -> None:
-    """The Trainer loads weights without being strict: see that what it has loaded is of this recipe."""
+    """The Trainer loads weights without being strict: see that what it has loaded is of this recipe, and fits a network
+    whose ghosts are gone."""
+    if session.state == "finished" and 0 < state.global_step < _ends(session, *session.tweaks):
+        raise TostError(
+            f"resume_from_checkpoint: expected one from after the ghosts and soft activations have ended, got step "
+            f"{state.global_step} for a model that is finished, where they are gone; make a new {_WHERE} with a new model"
+        )
     saved = (state.stateful_callbacks or {}).get("TostCallback")
     if state.global_step and session.state == "attached" and session.saved_step() < 0:
         raise TostError(

@@ -21,7 +21,7 @@ LAYERS = [
     {"session"},
     {"hooks", "recipe", "study", "report", "export"},
     {"__init__"},  # the public names: for users; no lower module leans on them
-    {"models", "data"},
+    {"models", "data", "checkpoints"},
     {"sources"},
     {"train"},
     {"loops"},  # one per trainer, loaded by `train` under its name; knows that framework and its adapter

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tost_plugins import buffers
 from tost_plugins.errors import TostError
+from tost_plugins.files import replacing
 from tost_plugins.masks.mask import read_tensors
 from tost_plugins.params import clean_name
 from tost_plugins.tweaks.soft_activation import RELU
@@ -25,7 +26,13 @@ def export(source: str | Path, out: str | Path, unfinished: bool = False) -> dic
     activations were still at work computes something else than the plain network: a TostError, unless `unfinished`.
     """
     path = find(Path(source))
-    tensors, _ = read_tensors(path)
+    if path.resolve() == Path(out).resolve():
+        raise TostError(
+            f"export {path}: expected another file to write to, got the checkpoint itself; choose a new name"
+        )
+    tensors, packed = read_tensors(path)
+    if packed is not None:
+        raise TostError(f"export {path}: expected a checkpoint, got a mask file, which holds no weights; see tost mask")
     tensors = {clean_name(name): tensor for name, tensor in tensors.items()}
     live = [name for name, value in tensors.items() if _is_live(name, value)]
     if live and not unfinished:
@@ -47,9 +54,8 @@ def export(source: str | Path, out: str | Path, unfinished: bool = False) -> dic
         plain[name] = plain[name].masked_fill(~mask, 0)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in plain.items()}, str(temporary))
-    temporary.replace(out)
+    with replacing(out) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in plain.items()}, str(temporary))
     weights = {name: plain[name] for name in masks} or {n: t for n, t in plain.items() if t.ndim >= 2}
     size, kept = sum(t.numel() for t in weights.values()), sum(int(t.count_nonzero()) for t in weights.values())
     return {"source": str(path), "out": str(out), "tensors": len(plain), "layers": len(weights),

@@ -2,15 +2,61 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from tost_plugins.errors import TostError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write a file to; it becomes `path` on leaving, and is gone after an error.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "some.txt"
+        >>> with replacing(path) as temporary:
+        ...     _ = temporary.write_text("all of it")
+        >>> path.read_text(), temporary.exists()
+        ('all of it', False)
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write(path: Path, text: str) -> None:
     """Write a text file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line per row, with a header of all their keys."""
+    with replacing(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds, or for .jsonl a list of what its lines do; raises TostError where it is damaged."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    except ValueError as error:
+        raise TostError(
+            f"{path}: expected whole JSON, got something unreadable ({error}); put back a copy, or remove the file"
+        ) from None
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tost_plugins.clock import Clock
 from tost_plugins.errors import TostError
 from tost_plugins.files import copy_folder
 from tost_plugins.masks.lottery_ticket import LotteryTicket
-from tost_plugins.masks.mask import Mask
+from tost_plugins.masks.mask import Mask, read_tensors
 from tost_plugins.masks.rounds import each, first_step
 from tost_plugins.params import clean_name, prunable
 from tost_plugins.recipe import Recipe
@@ -68,7 +67,7 @@ def lottery(
 
 def _weights(folder: Path) -> dict[str, Tensor]:
     """Those that a round's run ended with."""
-    return {clean_name(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    return {clean_name(name): tensor for name, tensor in read_tensors(folder / "model.safetensors")[0].items()}
 
 
 def _scores(recipe: Recipe, result: Mapping[str, Any]) -> dict[str, float]:

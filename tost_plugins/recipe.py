@@ -16,6 +16,7 @@ from torch import nn
 
 from tost_plugins.clock import Time, TimeField
 from tost_plugins.errors import TostError, from_pydantic, unknown
+from tost_plugins.files import write
 from tost_plugins.masks import MASKS, Mask
 from tost_plugins.session import Session
 from tost_plugins.tweaks import TWEAKS
@@ -166,7 +167,7 @@ class Recipe(_Strict):
         """The recipe as YAML text, written to `path` if given."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write(Path(path), text)
         return text
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from tost_plugins.files import replacing
+from tost_plugins.files import write_csv as write_csv
 
 _COLOURS = {"plain": "#777777", "tost": "#0b6e99"}
 _LABELS = {"plain": "plain sparse training", "tost": "with ToST"}
@@ -21,14 +23,6 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         made.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
     return made
-
-
-def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line per row, with a header."""
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def comparison_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -65,7 +59,8 @@ def comparison_figure(result: Mapping[str, Any], path: str | Path) -> None:
     for axes in (upper, lower):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(str(path), dpi=150)
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=150, format=Path(path).suffix.removeprefix(".") or "png")
 
 
 def _schedules(axes: Any, curves: Sequence[Mapping[str, float]]) -> None:

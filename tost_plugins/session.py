@@ -99,6 +99,9 @@ class Session:
         self._movement: Movement | None = None  # of a mask that moves, while it runs
         self._moved: dict[str, float] = {}  # what it had to say at the end
         self._stepped = False  # whether this very session has seen a step: a resumed run has to smooth its loss again
+        self._gone_back = (
+            False  # whether an older checkpoint was loaded in the middle of the run, and no step taken since
+        )
         self._seen: tuple[int, int] | None = None  # identity and version of the clock buffer when last written
 
     # ---- lifecycle
@@ -213,7 +216,7 @@ class Session:
         self.enforce()
         if self.state == "running":
             self._check_smoothing()  # with a closure there is no moment before the step
-            self._stepped = True
+            self._stepped, self._gone_back = True, False
             self._tick(self.clock.step)
 
     def conceal(self) -> None:
@@ -235,7 +238,11 @@ class Session:
         self._gradients = None
 
     def finish(self) -> Report:
-        """Take ghosts and buffers away: the model has its own modules, keys and forward pass again, and is sparse."""
+        """Take ghosts and buffers away: the model has its own modules, keys and forward pass again, and is sparse.
+
+        Warns where ghosts or soft activations are still at work. Raises TostError, with the model unchanged, where the
+        run has gone back to a checkpoint at which they were, the best one say: the plain network is another than that.
+        """
         self._expect("finish", "attached", "running")
         if self.state == "running":
             self._notice_loading()
@@ -298,6 +305,12 @@ class Session:
     def smoothing(self) -> LabelSmoothing | None:
         """The recipe's label smoothing, if it has any."""
         return next((tweak for tweak in self.tweaks if isinstance(tweak, LabelSmoothing)), None)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the network computes what it will when finished: no ghost and no soft activation is at work. The best
+        checkpoint, and any other that the network is to be taken from, should be one of such a moment."""
+        return not self._live()
 
     @property
     def mask(self) -> Mask:
@@ -464,6 +477,7 @@ class Session:
     def _resume(self, clock: Clock) -> None:
         """Go on from what a checkpoint put into the buffers; the run's length stays what it was at its start."""
         saved = buffers.read_clock(self.model) or clock
+        self._gone_back = self._stepped and saved.step < self.clock.step
         total, per_epoch = saved.total_steps, saved.steps_per_epoch
         self.clock = Clock(
             saved.step,
@@ -543,9 +557,20 @@ class Session:
     def _companions(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         return [pair for tweak in self.tweaks for pair in tweak.companions(self.model)]
 
-    def _warn_if_live(self) -> None:
+    def _live(self) -> dict[str, Any]:
+        """What makes the network another than the finished one: names and strengths as in `metrics`."""
+        if self.state in ("new", "finished"):
+            return {}
         found = {key: value for tweak in self.tweaks for key, value in tweak.metrics(self.model).items()}
-        live: dict[str, Any] = {k: value for k, value in found.items() if k.endswith(("alpha", "active")) and value}
+        return {key: value for key, value in found.items() if key.endswith(("alpha", "active")) and value}
+
+    def _warn_if_live(self) -> None:
+        live = self._live()
+        if live and self._gone_back:
+            raise TostError(
+                f"finish: expected a checkpoint from after the ghosts and soft activations have ended, got one of step "
+                f"{self.clock.step} ({live}), which is another network without them; load a later one, or train on"
+            )
         if self.moving is not None and hasattr(self.moving, "until") and not self.moving.settled(self.clock):
             live["mask"] = "moving"
         if live:

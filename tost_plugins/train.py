@@ -24,12 +24,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from tost_plugins import data, masks, models, ranks, sources
 from tost_plugins.clock import Clock
 from tost_plugins.errors import TostError
-from tost_plugins.files import copy_folder, write
+from tost_plugins.files import copy_folder, read_json, replacing, write, write_csv
 from tost_plugins.masks.mask import Mask
 from tost_plugins.optional import package
-from tost_plugins.params import prunable
+from tost_plugins.params import prunable, some
 from tost_plugins.recipe import Recipe
-from tost_plugins.report import write_csv
 from tost_plugins.session import Session
 from tost_plugins.task import Task
 
@@ -118,6 +117,8 @@ class Job:
         """Count a step; at the end of an epoch evaluate and write it down. True when a checkpoint is due."""
         if self.keep_at and step == self.keep_at + 1:  # the last checkpoint is that step's, and whole by now
             copy_folder(self.checkpoints, self.out / "early")
+        if (step - 1) % self.steps_per_epoch == 0:
+            self._losses = []
         self._losses.append(loss)
         self.listen("step", {"step": step, "total": self.total_steps, "loss": loss})
         ends = step % self.steps_per_epoch == 0 or step == self.total_steps
@@ -131,7 +132,6 @@ class Job:
             row |= session.metrics()
             if session.moving is not None:
                 row["densities"] = {layer["layer"]: layer["density"] for layer in session.report().rows}
-            self._losses = []
             self.history.append(row)
             self._write_history()
             self.listen("epoch", row)
@@ -157,11 +157,12 @@ class Job:
     def rewind_history(self, step: int) -> None:
         """Read back what a stopped run wrote down up to `step`."""
         path = self.out / "progress.json"
-        found = json.loads(path.read_text()) if path.exists() else {"step": None, "curves": []}
-        self._losses = found["losses"] if found["step"] == step else []
+        found = read_json(path) if path.exists() else {"step": 0, "losses": [], "curves": []}
+        first = found["step"] - len(found["losses"])  # it may be of a later step, whose checkpoint was being written
+        self._losses = found["losses"][: max(0, step - first)]
         self.curves = [row for row in found["curves"] if row["epoch"] <= step / self.steps_per_epoch]
         path = self.out / "history.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = read_json(path) if path.exists() else []
         self.history = [row for row in rows if row["step"] <= step]
         self._write_history()
 
@@ -187,7 +188,7 @@ def train(
     out = Path(out)
     check_out(out, recipe, resume)
     if (out / "result.json").exists():
-        return json.loads((out / "result.json").read_text())
+        return read_json(out / "result.json")
     job = prepare(recipe, out, mask, listen)
     job.keep_at = keep_at
     out.mkdir(parents=True, exist_ok=True)
@@ -197,7 +198,7 @@ def train(
     job.listen("run", {**described, "total": job.total_steps})
     run = package(f"tost_plugins.loops.{recipe.trainer}", "trainer", f"tost_plugins[{recipe.trainer}]").run
     with _stoppable(job):
-        session: Session = run(job, resume and _has_checkpoint(job))
+        session: Session = run(job, resume)
     return _conclude(job, session)
 
 
@@ -247,16 +248,24 @@ def check_out(out: Path, recipe: Recipe, resume: bool) -> None:
             f"--out {out}: expected a new folder, got one that holds a run; add --resume to go on with it, "
             f"or choose another folder"
         )
-    if Recipe.load(out / "recipe.yaml").to_dict() != recipe.to_dict():
+    before, now = (dict(_leaves(spec.to_dict())) for spec in (Recipe.load(out / "recipe.yaml"), recipe))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in ("name", "source")]
+    if keys:
+        differ = some([f"{key} {now.get(key)!r}, there {before.get(key)!r}" for key in keys])
+        reason = "; no trainer reads another's checkpoints" if "trainer" in keys else ""
         raise TostError(
-            f"--resume: expected the recipe that {out} was started with, got another one; "
+            f"--resume: expected the recipe that {out} was started with, got another one ({differ}){reason}; "
             f"use {out / 'recipe.yaml'}, or choose another folder"
         )
 
 
-def _has_checkpoint(job: Job) -> bool:
-    """Whether there is more than what was being written when the run died."""
-    return any(path.stem != "writing" and path.suffix != ".tmp" for path in job.checkpoints.glob("*"))
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in a recipe by their dotted keys, as `--set` has them."""
+    if not isinstance(value, (dict, list)) or not value:
+        yield key, value
+        return
+    for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _leaves(inner, f"{key}.{name}" if key else str(name))
 
 
 def _conclude(job: Job, session: Session) -> dict[str, Any]:
@@ -270,8 +279,8 @@ def _conclude(job: Job, session: Session) -> dict[str, Any]:
     if session.moving is not None:
         write_csv(job.out / "movement.csv", _movement(job.history))
     state = {name: value.detach().cpu().contiguous() for name, value in job.model.state_dict().items()}
-    save_file(state, str(job.out / "model.safetensors.tmp"))
-    (job.out / "model.safetensors.tmp").replace(job.out / "model.safetensors")
+    with replacing(job.out / "model.safetensors") as temporary:
+        save_file(state, str(temporary))
     report = session.report()
     result = {
         "name": job.recipe.name,

@@ -387,6 +387,23 @@ def test_going_back_within_a_run(whole: tuple[Path, dict[str, Tensor], Mask]) ->
     assert not differences(weights(loop.net), end)
 
 
+def test_the_best_state_is_one_of_the_plain_network(whole: tuple[Path, dict[str, Tensor], Mask]) -> None:
+    folder, _, _ = whole
+    loop = Loop()
+    loop.run()
+    loop.accelerator.load_state(str(folder / "3"))
+    assert not loop.tost.session.plain
+    keys = list(loop.net.state_dict())
+    with pytest.raises(TostError, match=r"finish: expected a checkpoint from after .* have ended, got one of step 3"):
+        loop.tost.finish()
+    assert list(loop.net.state_dict()) == keys
+    loop.accelerator.load_state(str(folder / "8"))
+    assert loop.tost.session.plain
+    best = {name: value for name, value in weights(loop.net).items() if name in dict(Net().named_parameters())}
+    loop.tost.finish()
+    assert all(torch.equal(value, weights(loop.net)[name]) for name, value in best.items())
+
+
 def test_a_state_saved_before_the_first_step(tmp_path: Path, whole: tuple[Path, dict[str, Tensor], Mask]) -> None:
     one = Loop()
     one.accelerator.save_state(str(tmp_path))

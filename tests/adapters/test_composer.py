@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -22,7 +23,7 @@ pytest.importorskip("composer")
 from composer import Callback, Trainer
 from composer.algorithms import EMA, SAM, GradientClipping
 from composer.algorithms import LabelSmoothing as ComposersLabelSmoothing
-from composer.core import DataSpec, State
+from composer.core import DataSpec, Event, State
 from composer.loggers import InMemoryLogger, Logger
 from composer.metrics import CrossEntropy
 from composer.models import ComposerClassifier, HuggingFaceModel
@@ -30,6 +31,7 @@ from composer.optim import CosineAnnealingScheduler, DecoupledAdamW, DecoupledSG
 
 from tost_plugins.adapters.composer import TostAlgorithm, apply_tost
 from tost_plugins.errors import TostError
+from tost_plugins.export import export
 from tost_plugins.masks.mask import Mask
 from tost_plugins.params import prunable
 from tost_plugins.tweaks.ghost_skip import ghosts
@@ -643,6 +645,61 @@ def test_weights_of_the_dense_network_load_into_an_attached_one(tmp_path, strict
         assert torch.equal(prunable(net)[name].detach(), value.detach() * algorithm.session.mask[name])
     run.fit()
     check_sparse(net, algorithm.session.mask)
+
+
+# ---- the best checkpoint
+
+
+class Best:
+    """When to save, as docs/adapters.md shows it: at each new best on the network without ghosts. `score` gets worse
+    with every batch, so that the best of all is the first."""
+
+    def __init__(self, algorithm: TostAlgorithm, any_moment: bool = False) -> None:
+        self.algorithm, self.any_moment, self.best = algorithm, any_moment, float("-inf")
+
+    def __call__(self, state: State, event: Event) -> bool:
+        if event != Event.BATCH_CHECKPOINT or not (self.any_moment or self.algorithm.session.plain):
+            return False
+        before, self.best = self.best, max(self.best, -float(state.timestamp.batch))
+        return self.best > before
+
+
+def test_the_best_checkpoint_is_one_of_the_plain_network(tmp_path):
+    algorithm = TostAlgorithm(RECIPE)
+    options = {"save_folder": str(tmp_path), "save_filename": "best.pt", "save_overwrite": True}
+    trainer(model(), algorithm, save_interval=Best(algorithm), **options).fit()
+    export(tmp_path / "best.pt", tmp_path / "best.safetensors")
+    plain = model(seed=1)
+    plain.module.load_state_dict(load_file(tmp_path / "best.safetensors"), strict=True)
+    check_sparse(plain, algorithm.session.mask)
+    loaded, again = model(seed=2), TostAlgorithm(RECIPE)
+    trainer(
+        loaded, again, load_path=str(tmp_path / "best.pt"), load_weights_only=True, train_dataloader=None,
+        max_duration=None,
+    )  # fmt: skip
+    assert again.session.plain and again.session.clock.step == 9
+    again.session.finish()
+    assert same(state(loaded), state(plain))
+
+
+@pytest.mark.filterwarnings("ignore:Automatically adding required_on_load")
+def test_a_best_checkpoint_with_ghosts_does_not_pass_for_the_plain_network(tmp_path, caplog):
+    algorithm = TostAlgorithm(RECIPE)
+    options = {"save_folder": str(tmp_path), "save_filename": "best.pt", "save_overwrite": True}
+    trainer(model(), algorithm, save_interval=Best(algorithm, any_moment=True), **options).fit()
+    with pytest.raises(TostError, match="expected a checkpoint from after the ghosts have ended"):
+        export(tmp_path / "best.pt", tmp_path / "best.safetensors")
+    net = model(seed=1)  # without the algorithm: Composer adds it, and with it the ghosts at their strength
+    run = trainer(
+        net, load_path=str(tmp_path / "best.pt"), load_weights_only=True, train_dataloader=None, max_duration=None
+    )
+    (added,) = run.state.algorithms
+    assert not added.session.plain and added.session.metrics()["tost/ghost_skip/alpha"] > 0
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model().load_state_dict(state(net))
+    with caplog.at_level(logging.WARNING, "tost_plugins"):
+        added.session.finish()
+    assert "the network changes abruptly" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:required_on_load algorithm")

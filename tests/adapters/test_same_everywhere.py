@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS, PER_EPOCH = 8, 4
 #: What each leaves behind when it dies while it writes its first checkpoint.
 UNFINISHED = {
-    "torch": "last.tmp",
+    "torch": "last.pt.tmp",
     "accelerate": "writing/model.safetensors",
     "transformers": "checkpoint-1/model.safetensors",
     "composer": "writing.pt",

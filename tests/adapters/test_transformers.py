@@ -532,6 +532,17 @@ def test_the_best_before_a_resume_is_forgotten_too(tmp_path: Path) -> None:
     assert run(tmp_path, str(tmp_path / "checkpoint-4")).state.best_global_step == SOFT_ENDS
 
 
+def test_a_finished_model_does_not_go_on_from_a_checkpoint_with_soft_activations(tmp_path: Path) -> None:
+    """With ghosts the Trainer itself refuses: its optimizer has other parameters then."""
+    trainer = make(tmp_path, [TostCallback(RECIPE, tweaks=RECIPE["tweaks"][1:2])], save_strategy="steps", save_steps=1)
+    trainer.train()
+    expected = weights(trainer.model)
+    with pytest.raises(TostError, match=f"soft activations have ended, got step {SOFT_ENDS - 1} for a model"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SOFT_ENDS - 1}"))
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SOFT_ENDS}"))
+    assert not differences(weights(trainer.model), expected)
+
+
 @pytest.mark.parametrize(
     ("mask", "best"),
     [

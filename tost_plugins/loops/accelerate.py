@@ -9,22 +9,25 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from tost_plugins import checkpoints
 from tost_plugins.adapters.accelerate import TostHook
 from tost_plugins.session import Session
 from tost_plugins.train import Job, Stopped
+
+_FILES = ("model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl")
 
 
 def run(job: Job, resume: bool) -> Session:
     """Train, from the last checkpoint with `resume`."""
     torch.manual_seed(job.recipe.seed)  # like the other trainers, which seed themselves: dropout is the same in all
+    saved = _saved(job) if resume else {}
+    step = checkpoints.last(saved, job.model, _FILES)
     accelerator = Accelerator(cpu=job.device.type == "cpu")
     tost = TostHook(job.recipe, accelerator, mask=job.mask)
     bare = tost.attach(job.model)
     raw = job.optimizer(bare.parameters())
     model, optimizer, scheduler = accelerator.prepare(bare, raw, job.scheduler(raw))
-    saved = _saved(job) if resume else {}
-    step = max(saved, default=0)
-    if saved:
+    if step:
         accelerator.load_state(str(saved[step]))
         job.rewind_history(step)
 
@@ -32,6 +35,7 @@ def run(job: Job, resume: bool) -> Session:
         fresh, old = job.checkpoints / "writing", _saved(job)
         shutil.rmtree(fresh, ignore_errors=True)
         accelerator.save_state(str(fresh))
+        shutil.rmtree(old.pop(step, fresh / "none"), ignore_errors=True)  # a damaged one that was passed over
         fresh.replace(job.checkpoints / f"step-{step}")
         for folder in old.values():
             shutil.rmtree(folder)

@@ -9,6 +9,7 @@ from composer import Callback, Logger, State, Trainer
 from composer.models import ComposerClassifier
 from torch import Tensor
 
+from tost_plugins import checkpoints
 from tost_plugins.adapters.composer import TostAlgorithm
 from tost_plugins.session import Session
 from tost_plugins.train import Job, Stopped
@@ -61,6 +62,8 @@ def _loss(outputs: Any, target: Tensor) -> Tensor:
 
 def run(job: Job, resume: bool) -> Session:
     """Train, from the last checkpoint with `resume`."""
+    path = job.checkpoints / "last.pt"
+    resume = resume and bool(checkpoints.last({1: path} if path.exists() else {}, job.model))
     model = _Classifier(job)
     optimizer = job.optimizer(model.parameters())
     algorithm = TostAlgorithm(job.recipe, mask=job.mask)
@@ -74,7 +77,7 @@ def run(job: Job, resume: bool) -> Session:
         step_schedulers_every_batch=True,
         algorithms=[algorithm],
         callbacks=[watch],
-        load_path=str(job.checkpoints / "last.pt") if resume else None,
+        load_path=str(path) if resume else None,
         device="gpu" if job.device.type == "cuda" else "cpu",
         precision="fp32",
         seed=job.recipe.seed,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tost_plugins import rng
+from tost_plugins import checkpoints, rng
+from tost_plugins.files import replacing
+from tost_plugins.masks.mask import read_saved
 from tost_plugins.session import Session
 from tost_plugins.train import Job, Stopped
 
@@ -14,12 +16,13 @@ def run(job: Job, resume: bool) -> Session:
     """Train, from the last checkpoint with `resume`."""
     torch.manual_seed(job.recipe.seed)  # like the other trainers, which seed themselves: dropout is the same in all
     model, path = job.model, job.checkpoints / "last.pt"
+    resume = resume and bool(checkpoints.last({1: path} if path.exists() else {}, model))
     session = Session(model, job.recipe, job.mask).attach()
     optimizer = job.optimizer(model.parameters())
     scheduler = job.scheduler(optimizer)
     step = 0
-    if resume and path.exists():
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+    if resume:
+        saved = read_saved(path)
         for part, state in ((model, "model"), (optimizer, "optimizer"), (scheduler, "scheduler"), (session, "session")):
             part.load_state_dict(saved[state])
         rng.restore(saved["rng"])
@@ -30,8 +33,8 @@ def run(job: Job, resume: bool) -> Session:
         job.checkpoints.mkdir(exist_ok=True)
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rng": rng.states(),
                    "scheduler": scheduler.state_dict(), "session": session.state_dict()}  # fmt: skip
-        torch.save(content, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        with replacing(path) as temporary:
+            torch.save(content, temporary)
 
     loss_fn = session.criterion(F.cross_entropy)
     model.train()

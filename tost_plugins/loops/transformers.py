@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from tost_plugins import checkpoints
 from tost_plugins.adapters.transformers import TostCallback
 from tost_plugins.data import Loader
 from tost_plugins.session import Session
 from tost_plugins.train import Job, Stopped
+
+_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
 class _Named(nn.Module):
@@ -82,12 +85,12 @@ class _Watch(TrainerCallback):
 
 def run(job: Job, resume: bool) -> Session:
     """Train, from the last checkpoint with `resume`."""
+    saved = _saved(job) if resume else {}
+    step = checkpoints.last(saved, job.model, _FILES)
     model = _Named(job)
     optimizer = job.optimizer(model.parameters())
     tost = TostCallback(job.recipe, mask=job.mask)
     watch = _Watch(job, tost)
-    saved = _saved(job) if resume else {}
-    step = max(saved, default=0)
     args = TrainingArguments(
         output_dir=str(job.checkpoints),
         max_steps=job.total_steps,
@@ -109,13 +112,13 @@ def run(job: Job, resume: bool) -> Session:
         compute_loss_func=watch.criterion, optimizers=(optimizer, job.scheduler(optimizer)),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
-    if saved:
+    if step:
         job.rewind_history(step)
-    trainer.train(resume_from_checkpoint=str(saved[step]) if saved else None)
+    trainer.train(resume_from_checkpoint=str(saved[step]) if step else None)
     return tost.session
 
 
 def _saved(job: Job) -> dict[int, Path]:
-    """Step -> folder of the checkpoints that are complete: the Trainer writes its own state last."""
-    states = job.checkpoints.glob("checkpoint-*/trainer_state.json")
+    """Step -> folder of the checkpoints that were not being written: the Trainer puts its own state there last."""
+    states = filter(checkpoints.is_whole, job.checkpoints.glob("checkpoint-*/trainer_state.json"))
     return {int(path.parent.name.rpartition("-")[2]): path.parent for path in states}

@@ -7,6 +7,7 @@ import json
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from tost_plugins.errors import TostError
+from tost_plugins.files import replacing
 from tost_plugins.params import clean_name, some
 from tost_plugins.sharding import whole
 
@@ -78,9 +80,8 @@ class Mask(Mapping[str, Tensor]):
         packed = {name: torch.from_numpy(np.packbits(mask.numpy().reshape(-1))) for name, mask in self.items()}
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(save(packed, metadata={"format": _FORMAT, "shapes": shapes}))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(_ordered(save(packed, metadata={"format": _FORMAT, "shapes": shapes})))
 
     @property
     def kept(self) -> int:
@@ -181,6 +182,16 @@ def _as_bool(name: str, tensor: Tensor) -> Tensor:
     return whole(tensor.detach()).to(device="cpu", dtype=torch.bool, copy=True).contiguous()
 
 
+def _ordered(file: bytes) -> bytes:
+    """A safetensors file whose metadata are in order: its library puts them in another one each time."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the numbers that follow are aligned to 8 bytes
+    return len(text).to_bytes(8, "little") + text + file[end:]
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """All tensors of a safetensors or torch.save file under flat names, and the metadata if it is a mask file of ours.
 
@@ -196,9 +207,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
                 f"{path}: expected a whole safetensors file, got a damaged one ({error}); copy or save it again"
             ) from None
         return tensors, metadata if metadata.get("format") == _FORMAT else None
+    return flatten(read_saved(path), path), None
+
+
+def read_saved(path: Path) -> Any:
+    """What a torch.save file holds: plain tensors, containers and values; raises TostError for anything else."""
     try:
         with torch.serialization.safe_globals(_HARMLESS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise TostError(
             f"{path}: expected plain tensors, got a pickle with other objects, which could run code; "
@@ -209,7 +225,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
             f"{path}: expected a safetensors or torch.save file, got something unreadable "
             f"({type(error).__name__}); copy or save it again"
         ) from None
-    return flatten(content, path), None
 
 
 def flatten(content: object, path: Path | str) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from tost_plugins import optimizing, ranks, rng
 from tost_plugins.clock import Clock
 from tost_plugins.errors import TostError
-from tost_plugins.files import write
+from tost_plugins.files import read_json, replacing, write
 from tost_plugins.masks import rounds
-from tost_plugins.masks.mask import Mask
+from tost_plugins.masks.mask import Mask, read_saved
 from tost_plugins.params import prunable, unwrap
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Round:
         path = next((path for path in candidates if path.exists()), None)
         if path is None:
             return 0
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = read_saved(path)
         if len(saved["parts"]) != len(parts):
             raise TostError(
                 f"round.steps: expected the {len(saved['parts'])} parts with a state that the dense round had, got "
@@ -118,8 +118,8 @@ def run(
             _conclude(ticket, out, mask, params)
             _save(weights, (bare,), -1)
             write(done, json.dumps(scores))
-        bare.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["parts"][0])
-        return params, json.loads(done.read_text())
+        bare.load_state_dict(read_saved(weights)["parts"][0])
+        return params, read_json(done)
 
     return list(rounds.each(ticket, Mask.dense(params), out, one))
 
@@ -134,7 +134,7 @@ def _check(ticket: LotteryTicket, out: Path, resume: bool) -> None:
         raise TostError(
             f"LotteryTicket.run: expected a new folder, got {str(out)!r} with rounds in it; pass resume=True"
         )
-    if path.exists() and json.loads(path.read_text()) != json.loads(settings):
+    if path.exists() and read_json(path) != json.loads(settings):
         raise TostError(
             f"LotteryTicket.run: expected the ticket that {out} was started with, got another one; "
             f"see {path}, or choose another folder"
@@ -145,7 +145,7 @@ def _check(ticket: LotteryTicket, out: Path, resume: bool) -> None:
 
 def _begin(model: nn.Module, initial: Path, mask: Mask, params: Mapping[str, nn.Parameter]) -> None:
     """The initial weights and buffers, masked, and the random state that the first round began with."""
-    saved = torch.load(initial, map_location="cpu", weights_only=True)
+    saved = read_saved(initial)
     model.load_state_dict(saved["parts"][0])
     mask.apply_({name: param.detach() for name, param in params.items()})
     rng.restore(saved["rng"])
@@ -179,5 +179,5 @@ def _conclude(ticket: LotteryTicket, out: Path, mask: Mask, params: Mapping[str,
 def _save(path: Path, parts: tuple[Any, ...], step: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"parts": [part.state_dict() for part in parts], "rng": rng.states(), "step": step}
-    torch.save(content, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    with replacing(path) as temporary:
+        torch.save(content, temporary)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from tost_plugins.clock import Clock, Time
 from tost_plugins.errors import TostError
+from tost_plugins.files import write_csv
 from tost_plugins.masks.mask import Mask
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def each(ticket: LotteryTicket, dense: Mask, out: Path, train: Train) -> Iterato
         except TostError as error:
             raise error.at(f"round {number}") from None
         rows.append({"round": number, "sparsity": mask.sparsity, "kept_weights": mask.kept, **scores})
-        _write_table(out / "lottery.csv", rows)
+        write_csv(out / "lottery.csv", rows)
         yield rows[-1]
 
 
@@ -50,12 +50,3 @@ def first_step(rewind: Time, clock: Clock) -> int:
             f"write an early one, like '0.05dur'"
         )
     return step
-
-
-def _write_table(path: Path, rows: list[Row]) -> None:
-    """One line per round, with a header of all their keys."""
-    with path.with_suffix(".tmp").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-    path.with_suffix(".tmp").replace(path)
