@@ -99,9 +99,7 @@ class Session:
         self._movement: Movement | None = None  # of a mask that moves, while it runs
         self._moved: dict[str, float] = {}  # what it had to say at the end
         self._stepped = False  # whether this very session has seen a step: a resumed run has to smooth its loss again
-        self._gone_back = (
-            False  # whether an older checkpoint was loaded in the middle of the run, and no step taken since
-        )
+        self._gone_back = False  # whether the last that happened to the run was the loading of an older checkpoint
         self._seen: tuple[int, int] | None = None  # identity and version of the clock buffer when last written
 
     # ---- lifecycle
@@ -307,7 +305,7 @@ class Session:
         return next((tweak for tweak in self.tweaks if isinstance(tweak, LabelSmoothing)), None)
 
     @property
-    def plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether the network computes what it will when finished: no ghost and no soft activation is at work. The best
         checkpoint, and any other that the network is to be taken from, should be one of such a moment."""
         return not self._live()

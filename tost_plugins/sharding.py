@@ -41,9 +41,9 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 def reshard(model: nn.Module) -> None:
     """Give the modules their parts back: after a forward pass alone the outermost one still has whole weights, which
     are other objects than those that the optimizer trains."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     for module in model.modules() if fsdp is not None and hasattr(fsdp, "FSDPModule") else ():
-        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
+        if isinstance(module, fsdp.FSDPModule):
             module.reshard()
 
 

@@ -392,13 +392,13 @@ def test_the_best_state_is_one_of_the_plain_network(whole: tuple[Path, dict[str,
     loop = Loop()
     loop.run()
     loop.accelerator.load_state(str(folder / "3"))
-    assert not loop.tost.session.plain
+    assert not loop.tost.session.is_plain
     keys = list(loop.net.state_dict())
     with pytest.raises(TostError, match=r"finish: expected a checkpoint from after .* have ended, got one of step 3"):
         loop.tost.finish()
     assert list(loop.net.state_dict()) == keys
     loop.accelerator.load_state(str(folder / "8"))
-    assert loop.tost.session.plain
+    assert loop.tost.session.is_plain
     best = {name: value for name, value in weights(loop.net).items() if name in dict(Net().named_parameters())}
     loop.tost.finish()
     assert all(torch.equal(value, weights(loop.net)[name]) for name, value in best.items())

@@ -658,7 +658,7 @@ class Best:
         self.algorithm, self.any_moment, self.best = algorithm, any_moment, float("-inf")
 
     def __call__(self, state: State, event: Event) -> bool:
-        if event != Event.BATCH_CHECKPOINT or not (self.any_moment or self.algorithm.session.plain):
+        if event != Event.BATCH_CHECKPOINT or not (self.any_moment or self.algorithm.session.is_plain):
             return False
         before, self.best = self.best, max(self.best, -float(state.timestamp.batch))
         return self.best > before
@@ -677,7 +677,7 @@ def test_the_best_checkpoint_is_one_of_the_plain_network(tmp_path):
         loaded, again, load_path=str(tmp_path / "best.pt"), load_weights_only=True, train_dataloader=None,
         max_duration=None,
     )  # fmt: skip
-    assert again.session.plain and again.session.clock.step == 9
+    assert again.session.is_plain and again.session.clock.step == 9
     again.session.finish()
     assert same(state(loaded), state(plain))
 
@@ -694,7 +694,7 @@ def test_a_best_checkpoint_with_ghosts_does_not_pass_for_the_plain_network(tmp_p
         net, load_path=str(tmp_path / "best.pt"), load_weights_only=True, train_dataloader=None, max_duration=None
     )
     (added,) = run.state.algorithms
-    assert not added.session.plain and added.session.metrics()["tost/ghost_skip/alpha"] > 0
+    assert not added.session.is_plain and added.session.metrics()["tost/ghost_skip/alpha"] > 0
     with pytest.raises(RuntimeError, match="Unexpected key"):
         model().load_state_dict(state(net))
     with caplog.at_level(logging.WARNING, "tost_plugins"):
