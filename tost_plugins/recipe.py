@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.resources
 import json
 from collections.abc import Mapping
@@ -14,8 +15,10 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import nn
 
+from tost_plugins import plain_yaml
 from tost_plugins.clock import Time, TimeField
 from tost_plugins.errors import TostError, from_pydantic, unknown
+from tost_plugins.files import is_file
 from tost_plugins.masks import MASKS, Mask
 from tost_plugins.session import Session
 from tost_plugins.tweaks import TWEAKS
@@ -179,7 +182,7 @@ def shipped() -> dict[str, Path]:
 def read(name_or_path: str | Path) -> dict[str, Any]:
     """The unchecked content of a shipped recipe or a YAML file; raises TostError if it is not readable YAML."""
     path = Path(name_or_path)
-    if not path.is_file():
+    if not is_file(path):
         files = shipped()
         if str(name_or_path) not in files:
             if path.suffix in (".yaml", ".yml"):
@@ -187,12 +190,9 @@ def read(name_or_path: str | Path) -> dict[str, Any]:
             raise unknown("recipe", "recipe name or file", str(name_or_path), files)
         path = files[str(name_or_path)]
     try:
-        text = path.read_text(encoding="utf-8")
-        # a few nested aliases can stand for more than fits into memory, and a recipe needs none
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError("it has aliases, which are to be written out")
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        with path.open(encoding="utf-8") as file:
+            content = plain_yaml.parse(file.read(plain_yaml.LONGEST + 1))
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise TostError(f"recipe {path}: expected YAML, got something unreadable ({error}); correct the file") from None
     if not isinstance(content, dict):
         raise TostError(f"recipe {path}: expected keys and values, got {type(content).__name__}; see tost recipes show")
@@ -206,7 +206,7 @@ def apply_changes(content: Mapping[str, Any], changes: list[str]) -> dict[str, A
         >>> apply_changes({"mask": {"kind": "snip"}}, ["mask.sparsity=0.9"])
         {'mask': {'kind': 'snip', 'sparsity': 0.9}}
     """
-    made = json.loads(json.dumps(dict(content)))
+    made = copy.deepcopy(dict(content))
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or not key:
@@ -216,7 +216,7 @@ def apply_changes(content: Mapping[str, Any], changes: list[str]) -> dict[str, A
         try:
             for part in parents:
                 place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
-            place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
+            place[int(last) if isinstance(place, list) else last] = plain_yaml.parse(value)
         except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
             raise TostError(
                 f"--set: expected a key of the recipe, got {change!r} ({error}); see tost recipes show"
@@ -227,7 +227,7 @@ def apply_changes(content: Mapping[str, Any], changes: list[str]) -> dict[str, A
 def _as_mask(value: Any, sparsity: float | None = None) -> dict[str, Any]:
     if isinstance(value, (str, Path)):
         is_kind = str(value) in MASKS
-        looks_like_file = Path(value).suffix or Path(value).exists()
+        looks_like_file = Path(value).suffix or is_file(Path(value))
         value = {"kind": "file", "path": str(value)} if not is_kind and looks_like_file else {"kind": str(value)}
     elif not isinstance(value, Mapping) or isinstance(value, Mask):
         raise TostError(f"mask: expected a kind, a path or a dict, got {value!r}; see tost recipes schema")

@@ -145,7 +145,15 @@ class Task:
         tensors = {real[name]: value for name, value in weights.items()}
         for name, buffer in self.model.named_buffers():
             tensors[name] = buffer.to(dtype if dtype and buffer.is_floating_point() else buffer.dtype, copy=True)
-        return self.forward(lambda *args, **kwargs: functional_call(self.model, tensors, args, kwargs), batch)
+        try:
+            return self.forward(lambda *args, **kwargs: functional_call(self.model, tensors, args, kwargs), batch)
+        except ValueError as error:
+            if not str(error).startswith("Expected more than 1 value per channel when training"):
+                raise
+            raise TostError(
+                f"batch: expected more than 1 value per channel for batch norm in training mode, got "
+                f"{str(error).rpartition('input size ')[2]}; use larger batches, or drop a short last one (drop_last=True)"
+            ) from error
 
     def loss(self, outputs: Any, batch: Any) -> Tensor:
         """The training loss of these outputs (not checked for being finite)."""
