@@ -10,6 +10,7 @@ It prints how many inputs ended how, and stops at the first that ends in anythin
 from __future__ import annotations
 
 import argparse
+import atexit
 import collections
 import faulthandler
 import io
@@ -18,6 +19,7 @@ import pickle
 import struct
 import sys
 import tempfile
+import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -271,10 +273,26 @@ def with_atheris(target: str, count: int, seed: int, folder: Path) -> None:
     corpus.mkdir()
     for number, content in enumerate(recipes() if target == "recipe" else masks()):
         (corpus / str(number)).write_bytes(content)
-    atheris.instrument_all()
+    for function in _functions():
+        atheris.instrument_func(function)
     options = [f"-runs={count}", f"-seed={seed + 1}", "-max_len=8192", "-timeout=120", "-rss_limit_mb=8192", str(corpus)]
     atheris.Setup([sys.argv[0], *options], lambda content: attempt(target, content, folder))
+    atexit.register(lambda: print(_summary(target, "atheris", seed)))
     atheris.Fuzz()  # ends the process
+
+
+def _summary(target: str, engine: str, seed: int) -> str:
+    return f"{target}, {engine}, seed {seed}: {sum(ENDINGS.values())} inputs, {dict(ENDINGS)}"
+
+
+def _functions() -> list[types.FunctionType]:
+    """Those that read the files: all of torch would take minutes to prepare."""
+    found = []
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in ("tost_plugins", "yaml", "pickletools"):
+            kinds = [module, *(thing for thing in vars(module).values() if isinstance(thing, type))]
+            found += [f for kind in kinds for f in vars(kind).values() if isinstance(f, types.FunctionType)]
+    return [f for f in dict.fromkeys(found) if f.__module__.split(".")[0] in ("tost_plugins", "yaml", "pickletools")]
 
 
 def main() -> None:
@@ -289,7 +307,7 @@ def main() -> None:
         try:
             engine(given.target, given.count, given.seed, Path(folder))
         finally:
-            print(f"{given.target}, {given.engine}, seed {given.seed}: {sum(ENDINGS.values())} inputs, {dict(ENDINGS)}")
+            print(_summary(given.target, given.engine, given.seed))
 
 
 if __name__ == "__main__":

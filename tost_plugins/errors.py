@@ -22,15 +22,20 @@ class TostError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_line(str(message)))
+        super().__init__(one_line(str(message)))
 
     def at(self, where: str) -> TostError:
         """The same error with a place in front: inner code states the fact, the entry point adds where."""
         return type(self)(f"{where}: {self}")
 
 
-def _line(text: str) -> str:
-    """One line that a terminal shows and does not obey: what a stranger's file put into it may be long, or have codes."""
+def one_line(text: str) -> str:
+    """One line that a terminal shows and does not obey: what a stranger's file put into it may be long, or have codes.
+
+    Example:
+        >>> one_line("two\\nlines, \\x1b[31mred")
+        'two lines, \\\\x1b[31mred'
+    """
     line = " ".join(text.split())
     line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
     return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.resources
 import json
+from collections import Counter
 from collections.abc import Mapping
 from functools import reduce
 from operator import or_
@@ -60,22 +61,22 @@ class DataSpec(_Strict):
     """What to train on. `limit` uses that many training images, `validation` holds that many out (of the rest)."""
 
     name: Literal["digits", "cifar10", "cifar100", "folder"] = "digits"
-    path: str | None = None
+    path: Annotated[str, Field(max_length=4096)] | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     validation: Annotated[int, Field(ge=0)] = 0
-    batch_size: Annotated[int, Field(ge=1)] = 128
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 128
     augment: bool = True
-    image_size: Annotated[int, Field(ge=1)] | None = None
+    image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
 
 
 class OptimizerSpec(_Strict):
     """How to step: SGD with momentum, or AdamW (which ignores momentum and nesterov)."""
 
     kind: Literal["sgd", "adamw"] = "sgd"
-    lr: Annotated[float, Field(gt=0)] = 0.1
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] = 2e-4
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2e-4
 
 
 class ScheduleSpec(_Strict):
@@ -99,12 +100,12 @@ class Recipe(_Strict):
         (0.9, 'ghost_skip')
     """
 
-    name: str = "unnamed"
-    source: str = ""
-    seed: Annotated[int, Field(ge=0)] = 0
+    name: Annotated[str, Field(max_length=200)] = "unnamed"
+    source: Annotated[str, Field(max_length=2000)] = ""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what numpy, and so every trainer, takes
     mask: MaskField  # type: ignore[valid-type]
     tweaks: tuple[TweakField, ...] = ()  # type: ignore[valid-type]
-    model: str = "cifar/resnet20"
+    model: Annotated[str, Field(max_length=200)] = "cifar/resnet20"
     data: DataSpec = DataSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
@@ -123,7 +124,7 @@ class Recipe(_Strict):
         except ValidationError as error:
             raise from_pydantic(where, error, {*MASKS, *TWEAKS}) from None
         kinds = [tweak.kind for tweak in recipe.tweaks]
-        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+        twice = sorted(kind for kind, count in Counter(kinds).items() if count > 1)
         if twice:
             raise TostError(f"{where}: tweaks: expected each kind once, got {twice[0]!r} twice; merge the two entries")
         if recipe.duration.unit == "dur":

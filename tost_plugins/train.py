@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from tost_plugins import data, masks, models, ranks, sources
+from tost_plugins import data, masks, models, pickles, ranks, sources
 from tost_plugins.clock import Clock
-from tost_plugins.errors import TostError
+from tost_plugins.errors import TostError, shown
 from tost_plugins.files import copy_folder, write
 from tost_plugins.masks.mask import Mask
 from tost_plugins.optional import package
@@ -35,6 +35,7 @@ from tost_plugins.task import Task
 
 #: What a run reports while it goes on: ("run", {...}), ("step", {...}) and ("epoch", {...}).
 Listener = Callable[[str, dict[str, Any]], None]
+_PICKLES = {".pt", ".pth", ".pkl", ".bin"}
 _PACKAGES = ("tost_plugins", "torch", "torchvision", "mosaicml", "transformers", "accelerate", "datasets", "timm")
 
 
@@ -157,7 +158,7 @@ class Job:
     def rewind_history(self, step: int) -> None:
         """Read back what a stopped run wrote down up to `step`."""
         path = self.out / "progress.json"
-        found = json.loads(path.read_text()) if path.exists() else {"step": None, "curves": []}
+        found = _read_json(path) if path.exists() else {"step": None, "curves": []}
         self._losses = found["losses"] if found["step"] == step else []
         self.curves = [row for row in found["curves"] if row["epoch"] <= step / self.steps_per_epoch]
         path = self.out / "history.jsonl"
@@ -187,7 +188,7 @@ def train(
     out = Path(out)
     check_out(out, recipe, resume)
     if (out / "result.json").exists():
-        return json.loads((out / "result.json").read_text())
+        return _read_json(out / "result.json")
     job = prepare(recipe, out, mask, listen)
     job.keep_at = keep_at
     out.mkdir(parents=True, exist_ok=True)
@@ -197,7 +198,7 @@ def train(
     job.listen("run", {**described, "total": job.total_steps})
     run = package(f"tost_plugins.loops.{recipe.trainer}", "trainer", f"tost_plugins[{recipe.trainer}]").run
     with _stoppable(job):
-        session: Session = run(job, resume and _has_checkpoint(job))
+        session: Session = run(job, resume and _checkpoints(job))
     return _conclude(job, session)
 
 
@@ -254,9 +255,26 @@ def check_out(out: Path, recipe: Recipe, resume: bool) -> None:
         )
 
 
-def _has_checkpoint(job: Job) -> bool:
-    """Whether there is more than what was being written when the run died."""
-    return any(path.stem != "writing" and path.suffix != ".tmp" for path in job.checkpoints.glob("*"))
+def _checkpoints(job: Job) -> bool:
+    """Whether there is more than what was being written when the run died. The folder may come from somebody else, and
+    Composer and Accelerate run the code in a pickle: raises TostError for files that hold more than plain values."""
+    found = [path for path in job.checkpoints.glob("*") if path.stem != "writing" and path.suffix != ".tmp"]
+    for path in found:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.suffix in _PICKLES and file.name != "training_args.bin":  # which the Trainer never reads
+                pickles.load(file)
+    return bool(found)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What this run has written; raises TostError where somebody has damaged it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        content = error
+    if not isinstance(content, dict):
+        raise TostError(f"--resume: expected {path} as the run has written it, got {shown(content)}; use another folder")
+    return content
 
 
 def _conclude(job: Job, session: Session) -> dict[str, Any]:

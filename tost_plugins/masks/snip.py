@@ -42,7 +42,7 @@ class Snip:
     allocation: Allocation = "global"
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
-    batches: Annotated[int, Field(ge=1)] = 1
+    batches: Annotated[int, Field(ge=1, le=100_000)] = 1
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """The mask; raises TostError without batches, on a loss or gradient that is not finite, on a weight
