@@ -514,16 +514,17 @@ def test_wrong_paths(tmp_path: Path) -> None:
 
 def test_unreadable_image_in_parquet(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    images = [{"bytes": b"no image", "path": None}, {"bytes": None, "path": "gone.png"}]
-    for number, image in enumerate(images):
+    cases = [
+        ({"bytes": b"no image", "path": None}, "an image that can be read, got 'image 0'; remove or replace it"),
+        ({"bytes": None, "path": "/etc/hostname"},
+         "images inside the parquet file, got 'the path /etc/hostname'; save the table with their bytes"),
+    ]  # fmt: skip
+    for number, (image, message) in enumerate(cases):
         path = tmp_path / f"{number}.parquet"
         datasets.Dataset.from_dict({"img": [image], "label": [0]}).to_parquet(str(path))
-        name = image["path"] or "image 0"
         for part in ("train", "test"):
             (tmp_path / f"{part}.parquet").write_bytes(path.read_bytes())
-        assert refused("cifar10", path=str(tmp_path)) == (
-            f"data.path: expected an image that can be read, got {name!r}; remove or replace it"
-        )
+        assert refused("cifar10", path=str(tmp_path)) == f"data.path: expected {message}"
 
 
 def test_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

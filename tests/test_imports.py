@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors"},
     {"clock", "schedules", "params", "ranks", "log", "task", "surgery", "optional", "optimizing", "seeds"}
-    | {"rng", "files", "sharding"},
+    | {"rng", "files", "sharding", "pickles", "plain_yaml"},
     {"masks", "tweaks"},
     {"buffers", "moving"},
     {"session"},

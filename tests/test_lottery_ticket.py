@@ -606,7 +606,7 @@ def test_one_run_cannot_find_a_ticket(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"sparsity": 1.0}, r"sparsity: expected a sparsity in \[0, 1\), got 1\.0"),
-        ({"prune": 0.0}, r"prune: expected greater than 0, got 0\.0; correct this value"),
+        ({"prune": 0.0}, r"prune: expected greater than or equal to 0.001, got 0\.0; correct this value"),
         ({"prune": 1.0}, r"prune: expected less than 1, got 1\.0; correct this value"),
         ({"rewind": 500}, "rewind: time: expected a number with a unit, got 500"),
         ({"allocation": "erk"}, "allocation: expected 'global' or 'uniform', got 'erk'"),

@@ -11,12 +11,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from tost_plugins import buffers
+from tost_plugins import buffers, pickles
 from tost_plugins.errors import TostError
 from tost_plugins.export import find
 from tost_plugins.log import say
 from tost_plugins.masks.mask import read_tensors
 from tost_plugins.params import clean_name
+
+_PICKLES = (".pt", ".pth", ".bin", ".pkl")
 
 
 def last(saved: Mapping[int, Path], model: nn.Module, files: Collection[str] = ()) -> int:
@@ -29,6 +31,7 @@ def last(saved: Mapping[int, Path], model: nn.Module, files: Collection[str] = (
     for step in sorted(saved, reverse=True):
         complaint = _damage(saved[step], files)
         if complaint is None:
+            _check_harmless(saved[step])
             _check_fits(saved[step], model)
             for other in complaints:
                 say(f"--resume: {other}; going on from {saved[step]} instead", logging.WARNING)
@@ -44,9 +47,12 @@ def _damage(checkpoint: Path, files: Collection[str]) -> str | None:
     missing = sorted(name for name in files if not (checkpoint / name).is_file())
     if missing:
         return f"expected a whole checkpoint in {checkpoint}, got one without {missing[0]}"
-    paths = [checkpoint] if checkpoint.is_file() else sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    torn = next((path for path in paths if not is_whole(path)), None)
+    torn = next((path for path in _files(checkpoint) if not is_whole(path)), None)
     return None if torn is None else f"expected a whole checkpoint, got a damaged file {torn}"
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return [checkpoint] if checkpoint.is_file() else sorted(path for path in checkpoint.rglob("*") if path.is_file())
 
 
 def is_whole(path: Path) -> bool:
@@ -57,12 +63,20 @@ def is_whole(path: Path) -> bool:
         elif path.suffix == ".safetensors":
             with safe_open(str(path), framework="pt"):
                 pass
-        elif path.suffix in (".pt", ".pth", ".bin", ".pkl"):  # what torch.save writes is a zip file
+        elif path.suffix in _PICKLES:  # what torch.save writes is a zip file
             with zipfile.ZipFile(path) as file:
                 return file.testzip() is None
     except (ValueError, OSError, SafetensorError, zipfile.BadZipFile):
         return False
     return True
+
+
+def _check_harmless(checkpoint: Path) -> None:
+    """Composer and Accelerate run the code in a pickle, and the folder may come from somebody else: raise TostError for
+    files that hold more than plain values."""
+    for path in _files(checkpoint):
+        if path.suffix in _PICKLES and path.name != "training_args.bin":  # which the Trainer never reads
+            pickles.load(path)
 
 
 def _check_fits(checkpoint: Path, model: nn.Module) -> None:

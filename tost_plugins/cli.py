@@ -241,7 +241,10 @@ def _progress(silent: bool) -> Iterator[Listener | None]:
     if silent:
         yield None
         return
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from tost_plugins.errors import one_line
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -249,12 +252,13 @@ def _progress(silent: bool) -> Iterator[Listener | None]:
 
         def listen(event: str, values: dict[str, Any]) -> None:
             if event == "run":
+                name = one_line(values["name"])  # a recipe's own text: neither markup nor codes of a terminal
                 bar.console.print(
-                    f"{values['name']}: {values['model']} on {values['data']}, {values['total']} steps, "
-                    f"{values['trainer']}",
+                    f"{name}: {values['model']} on {values['data']}, {values['total']} steps, {values['trainer']}",
                     highlight=False,
+                    markup=False,
                 )
-                bar.reset(task, total=values["total"], description=values["name"])
+                bar.reset(task, total=values["total"], description=escape(name))
             elif event == "step":
                 bar.update(task, completed=values["step"], total=values["total"])
             elif event == "round":

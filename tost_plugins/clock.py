@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
@@ -12,6 +11,8 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 from tost_plugins.errors import TostError
 
 _PATTERN = r"^([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)(dur|ep|ba)$"
+
+_LONGEST = 1e12  # so that numbers of steps fit into 64 bits
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ class Time:
         if match is None:
             raise TostError(f"time: expected a number with a unit, got {text!r}; {remedy}")
         time = cls(float(match[1]), match[2])  # type: ignore[arg-type]
-        if not math.isfinite(time.value) or (time.unit == "dur" and time.value > 1):
+        if time.unit == "dur" and time.value > 1:
             raise TostError(f"time: expected at most 1dur, the whole run, got {text!r}; {remedy}")
+        if time.value > _LONGEST:
+            raise TostError(f"time: expected at most {_LONGEST:g} epochs or steps, got {text!r}; {remedy}")
         return time
 
     def steps(self, clock: Clock) -> int:

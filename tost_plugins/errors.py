@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
+_LONGEST = 3000  # characters of an error
+
+
 class TostError(ValueError):
     """Something the user can mend, worded in one line: where, what was expected, the value, the remedy.
 
@@ -19,11 +22,37 @@ class TostError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(one_line(str(message)))
 
     def at(self, where: str) -> TostError:
         """The same error with a place in front: inner code states the fact, the entry point adds where."""
         return type(self)(f"{where}: {self}")
+
+
+def one_line(text: str) -> str:
+    """One line that a terminal shows and does not obey: what a stranger's file put into it may be long, or have codes.
+
+    Example:
+        >>> one_line("two\\nlines, \\x1b[31mred")
+        'two lines, \\\\x1b[31mred'
+    """
+    line = " ".join(text.split())
+    line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def shown(value: object, most: int = 80) -> str:
+    """The value as Python writes it, cut short.
+
+    Example:
+        >>> shown("a" * 100, most=10)
+        "'aaaaaa..."
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers of more than 4300 digits
+        text = f"a long {type(value).__name__}"
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 class Inapplicable(TostError):
@@ -37,7 +66,7 @@ def wrong(where: str, expected: str, got: object, remedy: str) -> TostError:
         >>> str(wrong("seeds", "at least 1", 0, "3 say more"))
         'seeds: expected at least 1, got 0; 3 say more'
     """
-    return TostError(f"{where}: expected {expected}, got {got!r}; {remedy}")
+    return TostError(f"{where}: expected {expected}, got {shown(got, 500)}; {remedy}")
 
 
 def unknown(where: str, what: str, value: object, known: Iterable[str]) -> TostError:
@@ -48,9 +77,9 @@ def unknown(where: str, what: str, value: object, known: Iterable[str]) -> TostE
         "mask.kind: expected a known mask method, got 'synflo'; did you mean 'synflow'? known: snip, synflow"
     """
     names = sorted(known)
-    near = difflib.get_close_matches(str(value), names, n=1)
+    near = difflib.get_close_matches(str(value)[:100], names, n=1)
     hint = f"did you mean {near[0]!r}? known: " if near else "known: "
-    return TostError(f"{where}: expected a known {what}, got {value!r}; {hint}{', '.join(names)}")
+    return TostError(f"{where}: expected a known {what}, got {shown(value)}; {hint}{', '.join(names)}")
 
 
 def from_pydantic(where: str, error: ValidationError, kinds: Container[object] = ()) -> TostError:
@@ -62,8 +91,6 @@ def from_pydantic(where: str, error: ValidationError, kinds: Container[object] =
     first = problems[0]
     parts = [str(part) for part in first["loc"]]
     path = ".".join(p for i, p in enumerate(parts) if not ("[" in p or (i and p in kinds))) or "value"
-    value = first.get("input")
-    shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if first["type"] == "value_error":
         text = f"{path}: {message}"
@@ -72,6 +99,8 @@ def from_pydantic(where: str, error: ValidationError, kinds: Container[object] =
     elif first["type"] in ("missing", "missing_argument"):
         text = f"{path}: expected a value, got none; add the key {path.rsplit('.')[-1]!r}"
     else:
-        text = f"{path}: expected {message[0].lower()}{message[1:]}, got {shown}; correct this value"
+        text = (
+            f"{path}: expected {message[0].lower()}{message[1:]}, got {shown(first.get('input'))}; correct this value"
+        )
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return TostError(f"{where}: {text}{more}")

@@ -34,6 +34,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there that may be looked at; a name that no file can have is not an error."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def write(path: Path, text: str) -> None:
     """Write a text file."""
     with replacing(path) as temporary:
@@ -49,11 +57,14 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds, or for .jsonl a list of what its lines do; raises TostError where it is damaged."""
+    """The dict that a JSON file holds, or for .jsonl the list of those of its lines; raises TostError where it is damaged."""
     try:
         text = path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
-    except ValueError as error:
+        rows = [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("not keys and values")
+        return rows if path.suffix == ".jsonl" else rows[0]
+    except (ValueError, RecursionError) as error:
         raise TostError(
             f"{path}: expected whole JSON, got something unreadable ({error}); put back a copy, or remove the file"
         ) from None

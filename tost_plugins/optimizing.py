@@ -64,6 +64,13 @@ def mask_weights(masked: Sequence[Masked], optimizer: Optimizer | None) -> None:
 
 
 @torch.no_grad()
+def fill_weights(masked: Sequence[Masked]) -> None:
+    """Set weights outside the masks to exactly 0, also where they are NaN or Inf, which a product would not mend."""
+    for param, mask in masked:
+        param.masked_fill_(mask == 0, 0)
+
+
+@torch.no_grad()
 def mask_gradients(masked: Sequence[Masked]) -> None:
     """Set gradients to 0 outside the masks."""
     for param, mask in masked:
@@ -86,6 +93,14 @@ def not_finite(model: nn.Module, optimizer: Optimizer) -> list[str]:
         return []
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return [name for name, grad in named.items() if not _all_finite([grad])] or ["the parts of other ranks"]
+
+
+def diverged(params: Mapping[str, nn.Parameter]) -> list[str]:
+    """The names of weights that hold NaN or Inf."""
+    weights = [param.detach() for param in params.values() if param.numel()]
+    if not weights or _all_finite(weights):
+        return []
+    return [name for name, param in params.items() if param.numel() and not _all_finite([param])]
 
 
 def _all_finite(grads: list[Tensor]) -> bool:

@@ -17,6 +17,9 @@ PRUNABLE = (
     nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
 
+#: What can be compared with 0 and multiplied by a mask; quantized weights cannot.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+
 _PREFIXES = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -60,14 +63,15 @@ def prunable(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.Param
     """Name -> weight of every Conv and Linear module, less those whose name matches a glob in `ignore`.
 
     Names are clean (no `module.` and the like), shared weights come once under their first name, ghosts never.
-    Raises TostError when nothing is left, when a glob matches nothing, and on weights that
-    `torch.nn.utils.prune` or a parametrization hides under another name.
+    Raises TostError when nothing is left, when a glob matches nothing, on weights that `torch.nn.utils.prune` or a
+    parametrization hides under another name, on integers and 8-bit floats, and on a model with lazy or meta tensors.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Linear(8, 10))
         >>> list(prunable(net, ignore=["2.*"]))
         ['0.weight']
     """
+    _check_values(model)
     found: dict[str, nn.Parameter] = {}
     used: set[str] = set()
     seen: set[int] = set()
@@ -85,8 +89,11 @@ def prunable(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.Param
                 f"{name}: expected a plain parameter, got a reparametrised weight; call torch.nn.utils.prune.remove "
                 f"or torch.nn.utils.parametrize.remove_parametrizations on it first (its zeros stay: from_zeros)"
             )
-        if isinstance(weight, nn.parameter.UninitializedParameter):
-            raise TostError(f"{name}: expected a weight with a shape, got a lazy one; run one batch through the model")
+        if weight.dtype not in _DTYPES:
+            raise TostError(
+                f"{name}: expected a floating-point weight of 16 bits or more, got {weight.dtype}; prune before the model is "
+                f"quantized, or add {name.removesuffix('.weight')!r} to `ignore`"
+            )
         seen.add(id(weight))
         found[name] = weight
     missed = [glob for glob in ignore if glob not in used]
@@ -97,6 +104,20 @@ def prunable(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.Param
             f"{type(model).__name__}: expected Conv or Linear weights to prune, got none; check the model and `ignore`"
         )
     return found
+
+
+def _check_values(model: nn.Module) -> None:
+    """Raise TostError on tensors that have no values yet: whatever is attached to them now would not fit them later."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise TostError(
+                f"{clean_name(name)}: expected a tensor with a shape, got a lazy one; run one batch through the model first"
+            )
+        if tensor.is_meta:
+            raise TostError(
+                f"{clean_name(name)}: expected a tensor with values, got one on the meta device; materialise the model first "
+                f"(model.to_empty(device=...), then initialise it or load its weights)"
+            )
 
 
 def some(names: Sequence[str] | dict, most: int = 6) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.resources
 import json
+from collections import Counter
 from collections.abc import Mapping
 from functools import reduce
 from operator import or_
@@ -14,9 +16,10 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import nn
 
+from tost_plugins import plain_yaml
 from tost_plugins.clock import Time, TimeField
 from tost_plugins.errors import TostError, from_pydantic, unknown
-from tost_plugins.files import write
+from tost_plugins.files import is_file, write
 from tost_plugins.masks import MASKS, Mask
 from tost_plugins.session import Session
 from tost_plugins.tweaks import TWEAKS
@@ -58,22 +61,22 @@ class DataSpec(_Strict):
     """What to train on. `limit` uses that many training images, `validation` holds that many out (of the rest)."""
 
     name: Literal["digits", "cifar10", "cifar100", "folder"] = "digits"
-    path: str | None = None
+    path: Annotated[str, Field(max_length=4096)] | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
     validation: Annotated[int, Field(ge=0)] = 0
-    batch_size: Annotated[int, Field(ge=1)] = 128
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 128
     augment: bool = True
-    image_size: Annotated[int, Field(ge=1)] | None = None
+    image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
 
 
 class OptimizerSpec(_Strict):
     """How to step: SGD with momentum, or AdamW (which ignores momentum and nesterov)."""
 
     kind: Literal["sgd", "adamw"] = "sgd"
-    lr: Annotated[float, Field(gt=0)] = 0.1
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] = 2e-4
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2e-4
 
 
 class ScheduleSpec(_Strict):
@@ -97,12 +100,12 @@ class Recipe(_Strict):
         (0.9, 'ghost_skip')
     """
 
-    name: str = "unnamed"
-    source: str = ""
-    seed: Annotated[int, Field(ge=0)] = 0
+    name: Annotated[str, Field(max_length=200)] = "unnamed"
+    source: Annotated[str, Field(max_length=2000)] = ""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what numpy, and so every trainer, takes
     mask: MaskField  # type: ignore[valid-type]
     tweaks: tuple[TweakField, ...] = ()  # type: ignore[valid-type]
-    model: str = "cifar/resnet20"
+    model: Annotated[str, Field(max_length=200)] = "cifar/resnet20"
     data: DataSpec = DataSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
@@ -121,7 +124,7 @@ class Recipe(_Strict):
         except ValidationError as error:
             raise from_pydantic(where, error, {*MASKS, *TWEAKS}) from None
         kinds = [tweak.kind for tweak in recipe.tweaks]
-        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+        twice = sorted(kind for kind, count in Counter(kinds).items() if count > 1)
         if twice:
             raise TostError(f"{where}: tweaks: expected each kind once, got {twice[0]!r} twice; merge the two entries")
         if recipe.duration.unit == "dur":
@@ -180,7 +183,7 @@ def shipped() -> dict[str, Path]:
 def read(name_or_path: str | Path) -> dict[str, Any]:
     """The unchecked content of a shipped recipe or a YAML file; raises TostError if it is not readable YAML."""
     path = Path(name_or_path)
-    if not path.is_file():
+    if not is_file(path):
         files = shipped()
         if str(name_or_path) not in files:
             if path.suffix in (".yaml", ".yml"):
@@ -188,12 +191,9 @@ def read(name_or_path: str | Path) -> dict[str, Any]:
             raise unknown("recipe", "recipe name or file", str(name_or_path), files)
         path = files[str(name_or_path)]
     try:
-        text = path.read_text(encoding="utf-8")
-        # a few nested aliases can stand for more than fits into memory, and a recipe needs none
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError("it has aliases, which are to be written out")
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        with path.open(encoding="utf-8") as file:
+            content = plain_yaml.parse(file.read(plain_yaml.LONGEST + 1))
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise TostError(f"recipe {path}: expected YAML, got something unreadable ({error}); correct the file") from None
     if not isinstance(content, dict):
         raise TostError(f"recipe {path}: expected keys and values, got {type(content).__name__}; see tost recipes show")
@@ -207,7 +207,7 @@ def apply_changes(content: Mapping[str, Any], changes: list[str]) -> dict[str, A
         >>> apply_changes({"mask": {"kind": "snip"}}, ["mask.sparsity=0.9"])
         {'mask': {'kind': 'snip', 'sparsity': 0.9}}
     """
-    made = json.loads(json.dumps(dict(content)))
+    made = copy.deepcopy(dict(content))
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or not key:
@@ -217,7 +217,7 @@ def apply_changes(content: Mapping[str, Any], changes: list[str]) -> dict[str, A
         try:
             for part in parents:
                 place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
-            place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
+            place[int(last) if isinstance(place, list) else last] = plain_yaml.parse(value)
         except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
             raise TostError(
                 f"--set: expected a key of the recipe, got {change!r} ({error}); see tost recipes show"
@@ -228,7 +228,7 @@ def apply_changes(content: Mapping[str, Any], changes: list[str]) -> dict[str, A
 def _as_mask(value: Any, sparsity: float | None = None) -> dict[str, Any]:
     if isinstance(value, (str, Path)):
         is_kind = str(value) in MASKS
-        looks_like_file = Path(value).suffix or Path(value).exists()
+        looks_like_file = Path(value).suffix or is_file(Path(value))
         value = {"kind": "file", "path": str(value)} if not is_kind and looks_like_file else {"kind": str(value)}
     elif not isinstance(value, Mapping) or isinstance(value, Mask):
         raise TostError(f"mask: expected a kind, a path or a dict, got {value!r}; see tost recipes schema")

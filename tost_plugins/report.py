@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
+from tost_plugins.errors import one_line
 from tost_plugins.files import replacing
 from tost_plugins.files import write_csv as write_csv
 
@@ -17,11 +19,11 @@ _LABELS = {"plain": "plain sparse training", "tost": "with ToST"}
 
 def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """A table of rows with the same keys; numbers are right-aligned, floats have two digits."""
-    made = Table(title=title, title_justify="left")
+    made = Table(title=Text(one_line(title)), title_justify="left")
     for key, value in rows[0].items():
         made.add_column(key.replace("_", " "), justify="left" if isinstance(value, str) else "right")
     for row in rows:
-        made.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
+        made.add_row(*(Text(f"{v:.2f}" if isinstance(v, float) else one_line(str(v))) for v in row.values()))
     return made
 
 

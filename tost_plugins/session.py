@@ -19,7 +19,7 @@ from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.log import say
 from tost_plugins.masks.base import Moving
 from tost_plugins.masks.keep import revive
-from tost_plugins.masks.mask import Mask
+from tost_plugins.masks.mask import Mask, density
 from tost_plugins.moving import Movement
 from tost_plugins.params import clean_name, prunable, some, unwrap
 from tost_plugins.task import Task, call
@@ -259,6 +259,7 @@ class Session:
         self.release()
         if started:
             self.enforce()
+            self._warn_if_diverged()
         return self.report()
 
     def plain(self, average: nn.Module) -> nn.Module:
@@ -338,7 +339,7 @@ class Session:
         ghosts = sum(param.numel() for param, _ in self._companions())
         total = sum(param.numel() for param in self.model.parameters())
         table = [
-            {"layer": name, "shape": list(m.shape), "kept": int(m.sum()), "density": int(m.sum()) / m.numel()}
+            {"layer": name, "shape": list(m.shape), "kept": int(m.sum()), "density": density(m)}
             for name, m in (mask.items() if rows else ())
         ]
         return Report(self._sparsity, len(mask), total - self._removed, ghosts, total, tuple(self.left_out), table)
@@ -575,6 +576,17 @@ class Session:
             say(
                 f"finish at step {self.clock.step}, before the schedules ended ({live}): the network changes "
                 f"abruptly and may lose accuracy",
+                logging.WARNING,
+            )
+
+    def _warn_if_diverged(self) -> None:
+        """The last step may have blown weights up, which no gradient tells any more; zeros outside the mask are kept."""
+        bad = optimizing.diverged(self._params())
+        if bad:
+            optimizing.fill_weights(self._masked)
+            say(
+                f"finish: expected finite weights, got NaN or Inf in {some(bad)}; lower the learning rate, or take an "
+                f"earlier checkpoint",
                 logging.WARNING,
             )
 

@@ -41,10 +41,10 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 def reshard(model: nn.Module) -> None:
     """Give the modules their parts back: after a forward pass alone the outermost one still has whole weights, which
     are other objects than those that the optimizer trains."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules() if fsdp is not None and hasattr(fsdp, "FSDPModule") else ():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
+    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    for module in model.modules() if kind else ():
+        if isinstance(module, kind):
+            module.reshard()  # type: ignore[operator]
 
 
 @contextmanager

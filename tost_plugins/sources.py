@@ -6,6 +6,7 @@ sklearn, datasets, PIL and torchvision are imported only by the source that need
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import tempfile
@@ -223,7 +224,7 @@ def _hub(repository: str, name: str) -> _Source:
         remedy = f"correct it ({type(cause).__name__}: {cause})"
         expected = "a path that exists, or a Hub data set with train and test"
         raise _bad_path(expected, repository, remedy) from cause
-    return _tables(train, test, name)
+    return _tables(train, test, name, files=True)
 
 
 def _parquet(files: list[str]) -> Any:
@@ -242,19 +243,23 @@ def _parquet(files: list[str]) -> Any:
             datasets.enable_progress_bars()
 
 
-def _tables(train: Any, test: Any, name: str) -> _Source:
+def _tables(train: Any, test: Any, name: str, files: bool = False) -> _Source:
+    """`files`: whether images may lie beside the tables, as the Hub's client leaves them; else they are inside."""
     plain = _CLASS_NAMES[name]
     class_names = getattr(train.features[_label_column(train, name)], "names", None) or plain
     if len(class_names) != len(plain):
         remedy = "is it another data set?"
         raise _bad_path(f"{len(plain)} classes for {name!r}", len(class_names), remedy)
-    return _read_table(train, name), _read_table(test, name), class_names
+    return _read_table(train, name, files), _read_table(test, name, files), class_names
 
 
-def _read_table(table: Any, name: str) -> Split:
+def _read_table(table: Any, name: str, files: bool) -> Split:
     labels = table.with_format("numpy")[_label_column(table, name)][:]
     image = _column(table, "img", "image")
     rows = table.cast_column(image, _package("datasets").Image(decode=False))[image][:]
+    outside = next((row["path"] for row in rows if row["bytes"] is None and row["path"]), None)
+    if outside and not files:
+        raise _bad_path("images inside the parquet file", f"the path {outside}", "save the table with their bytes")
     return Split(_decode([(row["path"], row["bytes"]) for row in rows], None), torch.as_tensor(labels).long())
 
 
@@ -278,12 +283,21 @@ def _decode(sources: list[_Image], size: int | None) -> Tensor:
         where = path or f"image {number}"
         image = _decode_one(path if content is None else io.BytesIO(content), where, size)
         if pixels is None:
+            _check_room(len(sources), image.shape)
             pixels = numpy.empty((len(sources), *image.shape), numpy.uint8)
         if image.shape != pixels.shape[1:]:
             expected = f"all images {pixels.shape[1:]} like the first"
             raise _bad_path(expected, image.shape, f"resize {where}")
         pixels[number] = image
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _check_room(count: int, shape: Sequence[int]) -> None:
+    """Raise TostError before more memory is taken than this machine has: a small file may hold a huge flat image."""
+    need, have = count * math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        expected = f"images that fit into this machine's {have / 2**30:.0f} GiB"
+        raise _bad_path(expected, f"{need / 2**30:,.0f} GiB", "take fewer, or smaller ones")
 
 
 def _decode_one(source: Any, where: str, size: int | None) -> numpy.ndarray:
@@ -294,7 +308,7 @@ def _decode_one(source: Any, where: str, size: int | None) -> numpy.ndarray:
             if size is not None:
                 image = image.resize((size, size), pil.Resampling.BILINEAR)
             return numpy.asarray(image)
-    except (OSError, SyntaxError, ValueError, AttributeError, pil.DecompressionBombError) as cause:
+    except Exception as cause:  # each format's reader raises its own kinds for damaged files
         raise _bad_path("an image that can be read", where, "remove or replace it") from cause
 
 

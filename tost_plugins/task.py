@@ -141,11 +141,29 @@ class Task:
 
     def outputs(self, weights: Mapping[str, Tensor], batch: Any, dtype: torch.dtype | None = None) -> Any:
         """What the model returns on `batch` with these weights in place of its own; buffers are thrown-away copies."""
-        real = {clean_name(name): name for name, _ in self.model.named_parameters()}
-        tensors = {real[name]: value for name, value in weights.items()}
-        for name, buffer in self.model.named_buffers():
-            tensors[name] = buffer.to(dtype if dtype and buffer.is_floating_point() else buffer.dtype, copy=True)
-        return self.forward(lambda *args, **kwargs: functional_call(self.model, tensors, args, kwargs), batch)
+        taken = {
+            id(param): weights[clean_name(name)]
+            for name, param in self.model.named_parameters()
+            if clean_name(name) in weights
+        }
+        for buffer in self.model.buffers():
+            taken[id(buffer)] = buffer.to(dtype if dtype and buffer.is_floating_point() else buffer.dtype, copy=True)
+        tensors = {
+            f"{path}.{name}" if path else name: taken[id(tensor)]
+            for path, module in self.model.named_modules()  # each module once, tied tensors wherever they are
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if id(tensor) in taken
+        }
+        try:
+            # tie_weights would swap a module with two names twice, and so lose its parameters
+            return self.forward(lambda *a, **k: functional_call(self.model, tensors, a, k, tie_weights=False), batch)
+        except ValueError as error:
+            if not str(error).startswith("Expected more than 1 value per channel when training"):
+                raise
+            raise TostError(
+                f"batch: expected more than 1 value per channel for batch norm in training mode, got "
+                f"{str(error).rpartition('input size ')[2]}; use larger batches, or drop a short last one (drop_last=True)"
+            ) from error
 
     def loss(self, outputs: Any, batch: Any) -> Tensor:
         """The training loss of these outputs (not checked for being finite)."""

@@ -585,7 +585,7 @@ def test_a_mask_object_and_deep_copies(tmp_path: Path) -> None:
 
 def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = pytest.raises(
-        TostError, match="expected one process or DDP, got DEEPSPEED, .*; use torchrun without fsdp"
+        TostError, match=r"expected one process or DDP, got DEEPSPEED, .*; use torchrun without fsdp"
     )
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     args.deepspeed = {"zero_optimization": {"stage": 1}}  # given to the constructor it asks for the package
@@ -627,3 +627,24 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
         assert found["runs"]["whole"]["sent"] == found["sent"] and sum(found["sent"].values()) >= 3
         assert len(found["refused"]) == 2
         assert all(text.startswith("TostCallback: expected one process or DDP, got FSDP") for text in found["refused"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_path: Path) -> None:
+    class Nan(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.calls = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4)), 0
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            self.calls += 1
+            return {"loss": F.cross_entropy(self.body(x), labels) * (float("nan") if self.calls == 2 else 1)}
+
+    net, data = Nan(), [{"x": torch.randn(3, 6, 6), "labels": number % 4} for number in range(16)]
+    tost = TostCallback({"mask": {"kind": "random", "sparsity": 0.5}, "tweaks": ["soft_activation"]})
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no", max_grad_norm=0,
+    )  # fmt: skip
+    with pytest.raises(TostError, match=r"step 1: expected finite gradients, got NaN or Inf in body\.0\.weight"):
+        Trainer(model=net, args=args, train_dataset=data, callbacks=[tost]).train()
+    assert tost.session.clock.step == 1 and all(bool(torch.isfinite(param).all()) for param in net.parameters())

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tost_plugins import checkpoints, rng
+from tost_plugins import checkpoints, pickles, rng
 from tost_plugins.files import replacing
-from tost_plugins.masks.mask import read_saved
 from tost_plugins.session import Session
 from tost_plugins.train import Job, Stopped
 
@@ -22,7 +21,7 @@ def run(job: Job, resume: bool) -> Session:
     scheduler = job.scheduler(optimizer)
     step = 0
     if resume:
-        saved = read_saved(path)
+        saved = pickles.load(path)
         for part, state in ((model, "model"), (optimizer, "optimizer"), (scheduler, "scheduler"), (session, "session")):
             part.load_state_dict(saved[state])
         rng.restore(saved["rng"])

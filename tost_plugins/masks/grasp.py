@@ -51,7 +51,7 @@ class Grasp:
     allocation: Allocation = "global"
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
-    per_class: Annotated[int, Field(ge=1)] = 10
+    per_class: Annotated[int, Field(ge=1, le=100_000)] = 10
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 200.0
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:

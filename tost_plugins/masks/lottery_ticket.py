@@ -30,7 +30,7 @@ class LotteryTicket:
 
     A recipe with this mask runs with `tost lottery RECIPE`, under any trainer; `run` does the same around a training
     function of one's own. Fields: `sparsity` of the last round, in [0, 1), 0 is the dense round alone; `prune`, the
-    share of the survivors that a round removes, above 0 (slow) and below 1 (the last round follows the dense one);
+    share of the survivors that a round removes, from 0.001 (slow) to below 1 (the last round follows the dense one);
     `rewind`, the moment of the dense round whose weights, buffers (batch norm), optimizer and learning-rate schedule
     each later round starts from, before the run's end; `allocation`, "global" compares all layers, "uniform" removes
     the same share of every layer's survivors; `ignore`, globs of layers to leave alone; `on_collapse`, for a layer
@@ -52,7 +52,7 @@ class LotteryTicket:
 
     kind: Literal["lottery_ticket"] = "lottery_ticket"
     sparsity: Sparsity
-    prune: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    prune: Annotated[float, Field(ge=0.001, lt=1)] = 0.2
     rewind: TimeField = Time(0, "ba")
     allocation: Literal["global", "uniform"] = "global"
     ignore: tuple[str, ...] = ()

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import pickle
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
+from tost_plugins import pickles
 from tost_plugins.errors import TostError
-from tost_plugins.files import replacing
+from tost_plugins.files import is_file, replacing
 from tost_plugins.params import clean_name, some
 from tost_plugins.sharding import whole
 
 _FORMAT = "tost_mask"
-
-#: What a Composer checkpoint holds beside tensors (random states, times, versions): plain values, no code.
-_HARMLESS = [
-    np.array(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype("uint32")), type(np.dtype("int64")),
-    datetime.timedelta, TorchVersion,
-]  # fmt: skip
 
 
 class Mask(Mapping[str, Tensor]):
@@ -44,7 +36,7 @@ class Mask(Mapping[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         if not tensors:
             raise TostError("mask: expected at least one layer, got none; check the source of the mask")
-        self._tensors = {clean_name(name): _as_bool(name, tensor) for name, tensor in tensors.items()}
+        self._tensors = {name: _as_bool(name, tensor) for name, tensor in by_clean_name(tensors).items()}
 
     @classmethod
     def dense(cls, params: Mapping[str, Tensor]) -> Mask:
@@ -64,7 +56,7 @@ class Mask(Mapping[str, Tensor]):
         Raises TostError when the file is missing, torn, not plain tensors, or holds no mask.
         """
         path = Path(path)
-        if not path.is_file():
+        if not is_file(path):
             raise TostError(f"mask file {path}: expected an existing file, got none; check the path")
         tensors, packed = read_tensors(path)
         if packed is not None:
@@ -96,11 +88,11 @@ class Mask(Mapping[str, Tensor]):
     @property
     def sparsity(self) -> float:
         """Share of removed weights over all layers, 0 (dense) to 1."""
-        return 1 - self.kept / self.size
+        return 1 - self.kept / self.size if self.size else 0.0
 
     def sparsities(self) -> dict[str, float]:
         """Share of removed weights, layer by layer."""
-        return {name: 1 - int(mask.sum()) / mask.numel() for name, mask in self.items()}
+        return {name: 1 - density(mask) for name, mask in self.items()}
 
     def overlap(self, other: Mask) -> float:
         """Intersection over union of the kept weights: 1 for equal masks, 0 for disjoint ones."""
@@ -171,15 +163,20 @@ class Mask(Mapping[str, Tensor]):
             raise TostError("mask: expected two masks of the same layers, got different ones; compare like with like")
 
 
+def density(mask: Tensor) -> float:
+    """Share of kept weights, 0 to 1; a layer without any weights is dense."""
+    return int(mask.sum()) / mask.numel() if mask.numel() else 1.0
+
+
 def _as_bool(name: str, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TostError(f"mask {name}: expected a tensor, got {type(tensor).__name__}; convert it with torch.as_tensor")
-    if tensor.dtype != torch.bool and not bool(((tensor == 0) | (tensor == 1)).all()):
+    if tensor.dtype != torch.bool and not _only_0_and_1(tensor):
         raise TostError(
             f"mask {name}: expected only 0 and 1, got other values; pass the mask, not the weights "
             f"(Mask.from_zeros takes weights)"
         )
-    return whole(tensor.detach()).to(device="cpu", dtype=torch.bool, copy=True).contiguous()
+    return (comparable(whole(tensor.detach())) != 0).to(device="cpu", copy=True).contiguous()
 
 
 def _ordered(file: bytes) -> bytes:
@@ -192,6 +189,27 @@ def _ordered(file: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + file[end:]
 
 
+def by_clean_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the prefixes of wrappers; raises TostError where two of them have the same name then."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if found.setdefault(clean_name(name), tensor) is not tensor:
+            raise TostError(f"expected one tensor {clean_name(name)}, got {name} and another; remove one of them")
+    return found
+
+
+def comparable(tensor: Tensor) -> Tensor:
+    """The same numbers in a type that torch can compare: not so floats of 8 bits and unsigned integers of 16 and more."""
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        return tensor.float()
+    return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
+
+
+def _only_0_and_1(tensor: Tensor) -> bool:
+    tensor = comparable(tensor)
+    return bool(((tensor == 0) | (tensor == 1)).all())
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """All tensors of a safetensors or torch.save file under flat names, and the metadata if it is a mask file of ours.
 
@@ -202,36 +220,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError, ValueError) as error:
+        except Exception as error:  # for headers that make no sense it raises many kinds
             raise TostError(
                 f"{path}: expected a whole safetensors file, got a damaged one ({error}); copy or save it again"
             ) from None
         return tensors, metadata if metadata.get("format") == _FORMAT else None
-    return flatten(read_saved(path), path), None
-
-
-def read_saved(path: Path) -> Any:
-    """What a torch.save file holds: plain tensors, containers and values; raises TostError for anything else."""
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise TostError(
-            f"{path}: expected plain tensors, got a pickle with other objects, which could run code; "
-            f"save it again as torch.save(model.state_dict(), path)"
-        ) from None
-    except Exception as error:  # torch.load raises many kinds for torn files
-        raise TostError(
-            f"{path}: expected a safetensors or torch.save file, got something unreadable "
-            f"({type(error).__name__}); copy or save it again"
-        ) from None
+    tensors = flatten(pickles.load(path), path)
+    pickles.check_sizes(tensors.values(), path)
+    return tensors, None
 
 
 def flatten(content: object, path: Path | str) -> dict[str, Tensor]:
     """The state dict inside a loaded checkpoint: `state_dict`, `model`, `state` and the like are opened."""
-    for key in ("state_dict", "state", "model", "model_state_dict", "net"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            return flatten(content[key], path)
+    for _ in range(4):  # a dict may hold itself
+        keys = ("state_dict", "state", "model", "model_state_dict", "net") if isinstance(content, Mapping) else ()
+        content = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
         raise TostError(
@@ -245,12 +248,12 @@ def _mask_entries(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     masks = {name.removesuffix("_mask"): tensor for name, tensor in tensors.items() if name.endswith("_mask")}
     if masks:
         return masks
-    if all(bool(((tensor == 0) | (tensor == 1)).all()) for tensor in tensors.values()):
+    if all(map(_only_0_and_1, tensors.values())):
         return tensors
     weights = {name: t for name, t in tensors.items() if t.ndim >= 2 and t.is_floating_point()}
     if not weights:
         raise TostError("expected masks or weights, got neither; save model.state_dict() or a dict name -> mask")
-    return {name: tensor != 0 for name, tensor in weights.items()}
+    return {name: comparable(tensor) != 0 for name, tensor in weights.items()}
 
 
 def _looks_like_safetensors(path: Path) -> bool:
@@ -263,12 +266,13 @@ def _unpack(path: Path, packed: dict[str, Tensor], metadata: dict[str, str]) -> 
         shapes = json.loads(metadata["shapes"])
         masks = {}
         for name, shape in shapes.items():
-            size = int(np.prod(shape, dtype=np.int64))
-            if packed[name].dtype != torch.uint8 or packed[name].numel() != (size + 7) // 8:
-                raise ValueError(name)
+            size = math.prod(shape)
+            fits = packed[name].dtype == torch.uint8 and packed[name].numel() == (size + 7) // 8
+            if not fits or not all(type(side) is int and side >= 0 for side in shape):
+                raise ValueError(f"in {name}")
             bits = np.unpackbits(packed[name].numpy(), count=size)
             masks[name] = torch.from_numpy(bits).bool().reshape(shape)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise TostError(
             f"mask file {path}: expected bits that fit the shapes it names, got a mismatch ({error}); "
             f"save the mask again"

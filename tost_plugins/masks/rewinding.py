@@ -12,12 +12,12 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tost_plugins import optimizing, ranks, rng
+from tost_plugins import optimizing, pickles, ranks, rng
 from tost_plugins.clock import Clock
 from tost_plugins.errors import TostError
 from tost_plugins.files import read_json, replacing, write
 from tost_plugins.masks import rounds
-from tost_plugins.masks.mask import Mask, read_saved
+from tost_plugins.masks.mask import Mask
 from tost_plugins.params import prunable, unwrap
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Round:
         path = next((path for path in candidates if path.exists()), None)
         if path is None:
             return 0
-        saved = read_saved(path)
+        saved = pickles.load(path)
         if len(saved["parts"]) != len(parts):
             raise TostError(
                 f"round.steps: expected the {len(saved['parts'])} parts with a state that the dense round had, got "
@@ -118,7 +118,7 @@ def run(
             _conclude(ticket, out, mask, params)
             _save(weights, (bare,), -1)
             write(done, json.dumps(scores))
-        bare.load_state_dict(read_saved(weights)["parts"][0])
+        bare.load_state_dict(pickles.load(weights)["parts"][0])
         return params, read_json(done)
 
     return list(rounds.each(ticket, Mask.dense(params), out, one))
@@ -145,7 +145,7 @@ def _check(ticket: LotteryTicket, out: Path, resume: bool) -> None:
 
 def _begin(model: nn.Module, initial: Path, mask: Mask, params: Mapping[str, nn.Parameter]) -> None:
     """The initial weights and buffers, masked, and the random state that the first round began with."""
-    saved = read_saved(initial)
+    saved = pickles.load(initial)
     model.load_state_dict(saved["parts"][0])
     mask.apply_({name: param.detach() for name, param in params.items()})
     rng.restore(saved["rng"])

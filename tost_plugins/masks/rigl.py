@@ -11,10 +11,7 @@ from torch import Tensor
 
 from tost_plugins.errors import TostError
 from tost_plugins.masks.base import STRICT
-from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.set import Set
-from tost_plugins.params import some
-from tost_plugins.task import Task
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -37,15 +34,6 @@ class RigL(Set):
     """
 
     kind: Literal["rigl"] = "rigl"  # type: ignore[assignment]
-
-    def start(self, task: Task, generator: torch.Generator) -> Mask:
-        """A random mask; raises TostError on a frozen layer, and when a layer loses all its weights."""
-        frozen = [name.removesuffix(".weight") for name, param in task.params.items() if not param.requires_grad]
-        if frozen:
-            raise TostError(
-                f"expected layers that get gradients, got frozen ones: {some(frozen)}; add them to `ignore`, or unfreeze them"
-            )
-        return super().start(task, generator)
 
     def wishes(self, name: str, weight: Tensor, grads: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
         """|gradient|; raises TostError for a weight that got none."""

@@ -12,10 +12,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from tost_plugins.clock import Clock, Time, TimeField
+from tost_plugins.errors import TostError
 from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
 from tost_plugins.masks.keep import drop_and_grow
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.random import Random
+from tost_plugins.params import some
 from tost_plugins.task import Task
 
 
@@ -58,7 +60,13 @@ class Set:
     drop: Annotated[float, Field(gt=0, le=1)] = 0.3
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
-        """A random mask; raises TostError when a layer loses all its weights."""
+        """A random mask; raises TostError on a frozen layer, whose grown weights would stay 0, and when a layer loses all its
+        weights."""
+        frozen = [name.removesuffix(".weight") for name, param in task.params.items() if not param.requires_grad]
+        if frozen:
+            raise TostError(
+                f"expected layers that get gradients, got frozen ones: {some(frozen)}; add them to `ignore`, or unfreeze them"
+            )
         first = Random(sparsity=self.sparsity, allocation=self.allocation, on_collapse=self.on_collapse)
         return first.start(task, generator)
 

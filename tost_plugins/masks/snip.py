@@ -42,7 +42,7 @@ class Snip:
     allocation: Allocation = "global"
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
-    batches: Annotated[int, Field(ge=1)] = 1
+    batches: Annotated[int, Field(ge=1, le=100_000)] = 1
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """The mask; raises TostError without batches, on a loss or gradient that is not finite, on a weight
@@ -54,7 +54,7 @@ class Snip:
         with untouched(task.model, task.batches, train=True):
             batches, weights = task.take(self.batches, "snip"), task.weights()
             own = {name: wide(weight.detach()) for name, weight in task.leaves(weights).items()}
-            total = {name: torch.zeros_like(weight) for name, weight in own.items()}
+            total = {name: torch.zeros_like(weight.abs()) for name, weight in own.items()}
             for turn in range(self.batches):
                 grads = gradient(task, batches[turn : turn + 1], weights, "snip")
                 if not grads:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -19,6 +20,19 @@ from tost_plugins.masks.keep import choose, counts, dense_layers, split, tell
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scores import derivative
 from tost_plugins.task import Task, logits_of, untouched
+
+
+def _check_size(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if math.prod(shape) > 10**8:
+        raise ValueError(
+            f"expected a sample of at most 100,000,000 numbers, got {math.prod(shape):,}; correct its sides"
+        )
+    return shape
+
+
+_Shape = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=10**8)], ...], Field(min_length=1, max_length=8), AfterValidator(_check_size)
+]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -50,8 +64,8 @@ class SynFlow:
     allocation: Allocation = "global"
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
-    rounds: Annotated[int, Field(ge=1)] = 100
-    input_shape: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 100
+    input_shape: _Shape | None = None
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """The mask; raises TostError when the network does not run on such an input, when its scores are

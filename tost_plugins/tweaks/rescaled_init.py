@@ -101,7 +101,7 @@ class RescaledInit(Tweak):
 
     kind: Literal["rescaled_init"] = "rescaled_init"
     optional: bool = False
-    iterations: Annotated[int, Field(ge=1)] = 180
+    iterations: Annotated[int, Field(ge=1, le=100_000)] = 180
     learning_rate: _Finite = 0.003
     look_ahead: _Finite = 0.1
     norm: _Positive = 1.0

@@ -1,0 +1,125 @@
+"""Files of torch.save from strangers: plain tensors and values only, and no more memory than the file is long."""
+
+from __future__ import annotations
+
+import datetime
+import pickle
+import pickletools
+import sys
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from tost_plugins.errors import TostError
+
+#: What a Composer checkpoint holds beside tensors (random states, times, versions): plain values, no code.
+_HARMLESS = [
+    np.array(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype("uint32")), type(np.dtype("int64")),
+    datetime.timedelta, TorchVersion,
+]  # fmt: skip
+
+_NESTING = 100_000  # entries in a tuple, with all that is in it: the random state of Python has 625
+_SLACK = 1 << 26  # bytes that tensors may have beyond what the file holds: views that were saved as such
+_TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "REDUCE", "NEWOBJ"}
+_KNOWN = _TUPLES | {
+    "GLOBAL", "BUILD", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "MARK", "NONE", "NEWFALSE", "NEWTRUE", "EMPTY_TUPLE",
+    "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING",
+    "BINPERSID", "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "LONG1", "PROTO", "STOP",
+}  # fmt: skip
+
+
+def load(path: Path) -> Any:
+    """The content of a file of torch.save, on the CPU; where it is a zip file its tensors are read as they are needed.
+
+    Raises TostError for a file that is torn, that holds anything else than plain values, or that would take far more
+    memory or time than its length stands for.
+    """
+    try:
+        zipped = zipfile.is_zipfile(path)
+        _check_zip(path) if zipped else _check_legacy(path)
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError:
+        raise TostError(
+            f"{path}: expected plain tensors, got a pickle with other objects, which could run code; "
+            f"save it again as torch.save(model.state_dict(), path)"
+        ) from None
+    except Exception as error:  # torch.load raises many kinds for torn files
+        raise TostError(
+            f"{path}: expected a safetensors or torch.save file, got something unreadable "
+            f"({error if isinstance(error, _Suspect) else type(error).__name__}); copy or save it again"
+        ) from None
+
+
+def check_sizes(tensors: Iterable[Tensor], path: Path) -> None:
+    """Raise TostError for tensors that stand for far more numbers than the file holds, as views of one number can."""
+    found = [tensor for tensor in tensors if not tensor.is_meta]
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in found)
+    if len(found) < len(list(tensors)) or any(tensor.layout != torch.strided for tensor in found):
+        raise TostError(f"{path}: expected dense tensors, got sparse or empty ones; save them with to_dense()")
+    if claimed > 10 * path.stat().st_size + _SLACK:
+        raise TostError(
+            f"{path}: expected tensors that the file holds in full, got views that stand for {claimed:,} bytes; "
+            f"save them with contiguous()"
+        )
+
+
+class _Suspect(Exception):
+    """A file that torch.save would never have written."""
+
+
+def _check_zip(path: Path) -> None:
+    with zipfile.ZipFile(path) as file:
+        entries = file.infolist()
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise _Suspect("compressed, or with parts that overlap")
+        for entry in entries:
+            if entry.filename.endswith("/byteorder") and file.read(entry) != sys.byteorder.encode():
+                raise _Suspect("from a machine with another byte order")
+            if entry.filename.endswith("data.pkl"):
+                with file.open(entry) as stream:
+                    _check_pickle(stream)
+
+
+def _check_legacy(path: Path) -> None:
+    """Before torch 1.6: five pickles (magic number, version, machine, content, storages) and the numbers behind them."""
+    with path.open("rb") as stream:
+        for _ in range(5):
+            if stream.peek(1):
+                _check_pickle(stream)
+
+
+def _check_pickle(stream: IO[bytes]) -> None:
+    """Raise for what torch's own reader would do without end: hash tuples of tuples of tuples, or take memory by a number.
+
+    Follows the stack with a size for each thing on it; what the reader refuses anyway is left to it.
+    """
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[Any, int] = {}
+    for op, argument, _ in pickletools.genops(stream):
+        if op.name not in _KNOWN:
+            return  # an UnpicklingError to come
+        if op.name == "GLOBAL" and str(argument).endswith(" bytearray"):
+            raise _Suspect("it takes memory by a number")
+        if op.name == "MARK":
+            marks.append(len(stack))
+            continue
+        if op.name.endswith("BINPUT"):
+            memo[argument] = stack[-1]
+            continue
+        start = len(stack) - len(op.stack_before)
+        if pickletools.markobject in op.stack_before:
+            start = marks.pop() - op.stack_before.index(pickletools.markobject)
+        size = (
+            1 + sum(stack[start:]) if op.name in _TUPLES else memo.get(argument, 1) if op.name.endswith("BINGET") else 1
+        )
+        if size > _NESTING:
+            raise _Suspect("nested without end")
+        stack[start:] = [size] * len(op.stack_after)
