@@ -193,7 +193,7 @@ def watch(out: Path, die_at: int) -> Callable[[], int]:
         nonlocal number
         if event == "open":
             ours = isinstance(args[0], str) and args[0].startswith(root) and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
-            if ours and not args[0].endswith(".tmp") and not {"checkpoints", "early.tmp"} & set(Path(args[0]).parts):
+            if ours and ".tmp" not in args[0] and "checkpoints" not in Path(args[0]).parts:
                 raise Failed(f"expected a temporary name to write to, got {args[0]}")
         else:  # a folder is removed from within: its files have no path then
             ours = event in _CHANGES and (str(args[0]).startswith(root) or (event == "os.remove" and args[1] != -1))
@@ -252,7 +252,9 @@ def unfinished(out: Path) -> set[tuple[str, int]]:
     for folder, folders, files in os.walk(out):  # which bears with what goes away meanwhile
         for path in (Path(folder, name) for name in (*folders, *files)):
             partial = path.name.startswith("checkpoint-") and not (path / "trainer_state.json").exists()
-            if "checkpoints" in path.parts and (partial or path.suffix == ".tmp" or path.stem == "writing"):
+            if {"checkpoints", "checkpoints.tmp", "early.tmp"} & set(path.parts) and (
+                partial or path.suffix == ".tmp" or path.stem == "writing"
+            ):
                 with contextlib.suppress(FileNotFoundError):
                     found.add((str(path), path.stat().st_ino))
     return found
@@ -263,7 +265,7 @@ def contents(out: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and not {"checkpoints", "early"} & set(path.parts) and path.suffix != ".tmp"
+        if path.is_file() and not {"checkpoints", "early"} & set(path.parts) and ".tmp" not in str(path)
     }
 
 
