@@ -50,7 +50,9 @@ def test_an_equal_average_becomes_the_plain_sparse_network(case: str) -> None:
         mean = torch.stack([weights[name] for weights in seen]).double().mean(0)
         keep = mask.get(name, torch.ones(1, dtype=torch.bool))
         torch.testing.assert_close(param.detach().double(), mean * keep, rtol=1e-5, atol=1e-6)
-        assert param is not net.get_parameter(name) and (name not in mask or not torch.equal(param, net.get_parameter(name)))
+        assert param is not net.get_parameter(name) and (
+            name not in mask or not torch.equal(param, net.get_parameter(name))
+        )
     before = session.average.module.body[1].running_mean.clone()
     update_bn([x for x, _ in digits(3)], plain)
     assert not torch.equal(plain.body[1].running_mean, before)
@@ -67,6 +69,12 @@ def test_an_exponential_average_of_buffers_too() -> None:
     plain = session.plain(session.average)
     torch.testing.assert_close(plain.body[3].weight.detach(), expected * session.mask["body.3.weight"])
     assert not plain.body[3].weight.detach()[~session.mask["body.3.weight"]].any()
+
+
+def test_an_equal_average_of_buffers_is_refused_by_torch() -> None:
+    """As the documentation says: a mask is made of bools, which torch does not subtract."""
+    with pytest.raises(RuntimeError, match="two bool tensors is not supported"):
+        run(Digits(), RANDOM, functools.partial(AveragedModel, use_buffers=True))
 
 
 def test_averages_that_cannot_be_right_are_refused() -> None:

@@ -1180,6 +1180,7 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     for key in ("started", "trained", "finished", "optimizer"):
         assert equal(first[key], second[key]), key
     assert not equal(first["started"], first["trained"])
+    assert first["outside"] == [] and first["norms"] == second["norms"] and max(first["norms"]) > 0.5
     assert first["alphas"] == second["alphas"] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
     assert second["mask stayed"] and second["statistics came"]
     assert list(first["finished"]) == [name for name in build("functional").state_dict() if "running" not in name]

@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
     session = Session(net, RECIPE).attach()
     wrapped = DistributedDataParallel(net, find_unused_parameters=False)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9)
-    found: dict[str, Any] = {"alphas": []}
+    found: dict[str, Any] = {"alphas": [], "norms": [], "outside": []}
     with session.drive(optimizer, batches, total_steps=STEPS):
         found["started"] = state(net)
         found |= look_at_buffers(wrapped, net, batches[0][0], rank)
@@ -35,6 +35,9 @@ def main(folder: Path) -> None:
             found["alphas"].append(session.metrics()["tost/ghost_skip/alpha"])
             optimizer.zero_grad()
             F.cross_entropy(wrapped(x), y).backward()
+            grads = {name: param.grad for name, param in net.named_parameters()}
+            found["outside"] += [name for name, keep in session.mask.items() if bool(grads[name][~keep].any())]
+            found["norms"].append(torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 0.5))
             optimizer.step()
         found["trained"] = {name: tensor for name, tensor in state(net).items() if "running" not in name}
     found["finished"] = {name: tensor for name, tensor in state(net).items() if "running" not in name}
