@@ -62,9 +62,9 @@ class TostAlgorithm(Algorithm):
     """ToST as a Composer algorithm: attaches at INIT, finds the mask before the first batch, finishes at FIT_END.
 
     `recipe` is a Recipe, a dict, a path or a shipped name (None: "tost_any_mask"); overrides are `mask` (a kind, a
-    path, a dict or a Mask), `sparsity`, `tweaks` and `seed`. Put it behind GradientClipping in the list: Composer turns
-    the order around, and what is clipped is then the masked gradient. Raises TostError on a bad recipe at once, and
-    when the Trainer is made if a part of it has nothing to act on, or something else smooths labels as well.
+    path, a dict or a Mask), `sparsity`, `tweaks` and `seed`. Put it in front of EMA and SWA in the list; the place of
+    GradientClipping does not matter. Raises TostError on a bad recipe at once, and when the Trainer is made if a part of
+    it has nothing to act on, or something else smooths labels as well.
 
     Example:
         >>> TostAlgorithm(sparsity=0.9).recipe.mask.sparsity
@@ -129,6 +129,13 @@ class TostAlgorithm(Algorithm):
             raise TostError(
                 "TostAlgorithm: expected one process or DDP, got a parallelism_config, with which Composer keeps weights in "
                 "parts; leave it out (DDP), or use FSDP2 (fully_shard) in a loop of your own (session.drive)"
+            )
+        averages = [type(other).__name__ for other in state.algorithms[: state.algorithms.index(self)]
+                    if isinstance(other, (composer.algorithms.EMA, composer.algorithms.SWA))]  # fmt: skip
+        if averages and isinstance(self.recipe.mask, Moving) and self.recipe.mask.hides:
+            raise TostError(
+                f"TostAlgorithm: mask {self.recipe.mask.kind}: expected to be in front of what averages the weights, got "
+                f"{averages[0]} in front, which would average hidden weights too; write [TostAlgorithm(...), {averages[0]}(...)]"
             )
         if any(tweak.kind == "label_smoothing" for tweak in self.recipe.tweaks):
             check_hard("TostAlgorithm: label_smoothing", getattr(model, "_loss_fn", None))

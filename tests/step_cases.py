@@ -24,28 +24,26 @@ Look = Callable[[int, Session], None]
 
 @dataclass
 class Around:
-    """What surrounds the steps. `clip` is the largest norm, `parts` the micro-batches of a step of `size` samples, which a
-    trainer may divide when memory runs out where `automatic`; `overflows` the steps
-    (from 0) whose loss is infinite where a loss scaler is used, `left_out` those whose batches are not there at all;
-    `look(step, session)` comes after each step."""
+    """What surrounds the steps."""
 
     recipe: dict[str, Any]
-    clip: float = 0.0
-    parts: int = 1
-    size: int = SIZE
-    automatic: bool = False
+    clip: float = 0.0  # the largest norm
+    parts: int = 1  # micro-batches of a step
+    size: int = SIZE  # samples of a step, where the data is cut into other batches
+    automatic: bool = False  # whether the trainer takes fewer at once when memory runs out
     bf16: bool = False
     dtype: torch.dtype = torch.float32
-    scaled: bool = False
-    overflows: tuple[int, ...] = ()
-    left_out: tuple[int, ...] = ()
-    backend: str = ""
+    scaled: bool = False  # float16's loss scaling, on a GPU in float16
+    gpu: bool = False
+    overflows: tuple[int, ...] = ()  # steps, from 0, whose loss is infinite
+    left_out: tuple[int, ...] = ()  # steps whose batches are not there at all
+    backend: str = ""  # of torch.compile
     steps: int = STEPS
     optimizer: Callable[[Any], torch.optim.Optimizer] = field(
         default=lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-3)
     )
     algorithms: Callable[[Any], list[Any]] = field(default=lambda tost: [tost])  # Composer's, around ours
-    look: Look = lambda step, session: None
+    look: Look = lambda step, session: None  # after each step
 
     def loader(self) -> DataLoader:
         """Micro-batches in their order; Composer cuts whole batches itself."""
@@ -54,10 +52,14 @@ class Around:
         return DataLoader(TensorDataset(images.to(self.dtype), labels), batch_size=self.size // self.parts)
 
     def logits(self, out: Tensor) -> Tensor:
-        return out.float() if self.bf16 else out
+        return out.float() if self.bf16 or self.gpu else out
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpu else "cpu"
 
     def scaler(self) -> torch.amp.GradScaler | None:
-        return torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000) if self.scaled else None
+        return torch.amp.GradScaler(self.device, init_scale=1024.0, growth_interval=1000) if self.scaled else None
 
 
 class Overflowing(nn.Module):
@@ -85,16 +87,17 @@ def train(trainer: str, around: Around, net: nn.Module | None = None) -> Session
 
 
 def _torch(net: nn.Module, around: Around) -> Session:
-    session = Session(net, around.recipe).attach()
+    session = Session(net.to(around.device), around.recipe).attach()
     model: Any = torch.compile(net, backend=around.backend) if around.backend else net
     model = Overflowing(model, around) if around.overflows else model
     optimizer, scaler = around.optimizer(net.parameters()), around.scaler()
     loss_fn, loader = session.criterion(F.cross_entropy), around.loader()
     with session.drive(optimizer, loader, F.cross_entropy, around.steps, around.steps):
+        dtype = torch.float16 if around.gpu else torch.bfloat16
         for i, (x, y) in enumerate(loader, 1):
-            with torch.autocast("cpu", torch.bfloat16, enabled=around.bf16):
-                out = model(x)
-            loss = loss_fn(around.logits(out), y) / around.parts
+            with torch.autocast(around.device, dtype, enabled=around.bf16 or around.gpu):
+                out = model(x.to(around.device))
+            loss = loss_fn(around.logits(out), y.to(around.device)) / around.parts
             (scaler.scale(loss) if scaler else loss).backward()
             if i % around.parts:
                 continue
@@ -138,10 +141,10 @@ def _accelerate(net: nn.Module, around: Around) -> Session:
 
     with _no_state_of_others():
         accelerator = Accelerator(
-            cpu=True, gradient_accumulation_steps=around.parts, mixed_precision="bf16" if around.bf16 else "no",
-            dynamo_backend=around.backend or None,
+            cpu=not around.gpu, gradient_accumulation_steps=around.parts,
+            mixed_precision="fp16" if around.gpu else "bf16" if around.bf16 else "no", dynamo_backend=around.backend or None,
         )  # fmt: skip
-        if around.scaled:
+        if around.scaled and not around.gpu:
             _scale_on_cpu(accelerator, around.scaler())
         tost = TostHook(around.recipe, accelerator)
         tost.attach(net)
@@ -195,8 +198,8 @@ def _transformers(net: nn.Module, around: Around) -> Session:
         args = TrainingArguments(
             output_dir=folder, max_steps=around.steps, per_device_train_batch_size=around.size // around.parts,
             gradient_accumulation_steps=around.parts, max_grad_norm=around.clip, save_strategy="no", report_to=[],
-            logging_strategy="no", disable_tqdm=True, remove_unused_columns=False, use_cpu=True, seed=5,
-            bf16=around.bf16, auto_find_batch_size=around.automatic, **compiled,
+            logging_strategy="no", disable_tqdm=True, remove_unused_columns=False, use_cpu=not around.gpu,
+            fp16=around.gpu, bf16=around.bf16, seed=5, auto_find_batch_size=around.automatic, **compiled,
         )  # fmt: skip
         model = _Columns(Overflowing(net, around) if around.overflows else net, around)
         optimizer = around.optimizer(model.parameters())
@@ -205,7 +208,7 @@ def _transformers(net: nn.Module, around: Around) -> Session:
             optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
-        if around.scaled:
+        if around.scaled and not around.gpu:
             _scale_on_cpu(trainer.accelerator, around.scaler())
         trainer.train()
     return tost.session
@@ -239,12 +242,13 @@ def _composer(net: nn.Module, around: Around) -> Session:
                        loss_fn=lambda outputs, target: F.cross_entropy(outputs, target))  # fmt: skip
     trainer = Trainer(
         model=model, train_dataloader=whole, max_duration=f"{around.steps}ba", algorithms=algorithms,
-        optimizers=around.optimizer(model.parameters()), callbacks=[Each()], progress_bar=False, device="cpu", seed=5,
+        optimizers=around.optimizer(model.parameters()), callbacks=[Each()], progress_bar=False, seed=5,
+        device="gpu" if around.gpu else "cpu", precision="amp_fp16" if around.gpu else "fp32",
         device_train_microbatch_size=around.size // around.parts,
         compile_config={"backend": around.backend} if around.backend else None,
     )  # fmt: skip
     trainer.state.auto_microbatching = around.automatic  # Composer's "auto" is for GPUs
-    if around.scaled:  # Composer, too, scales losses on GPUs only
+    if around.scaled and not around.gpu:  # Composer, too, scales losses on GPUs only
         trainer.state.precision, trainer.state.scaler = Precision.AMP_FP16, around.scaler()
     trainer.fit()
     trainer.close()

@@ -71,6 +71,12 @@ def test_an_exponential_average_of_buffers_too() -> None:
     assert not plain.body[3].weight.detach()[~session.mask["body.3.weight"]].any()
 
 
+def test_an_equal_average_of_buffers_is_refused_by_torch() -> None:
+    """As the documentation says: a mask is made of bools, which torch does not subtract."""
+    with pytest.raises(RuntimeError, match="two bool tensors is not supported"):
+        run(Digits(), RANDOM, functools.partial(AveragedModel, use_buffers=True))
+
+
 def test_averages_that_cannot_be_right_are_refused() -> None:
     early = copy.deepcopy(Digits())
     net = Digits()

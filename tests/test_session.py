@@ -1182,6 +1182,7 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     assert not equal(first["started"], first["trained"])
     assert first["states"] == second["states"] and len(set(first["states"])) == 8
     assert first["sent"] == first["untouched"] == second["sent"] and sum(first["sent"].values()) >= 3
+    assert first["outside"] == [] and first["norms"] == second["norms"] and max(first["norms"]) > 0.5
     assert first["alphas"] == second["alphas"] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
     assert second["mask stayed"] and second["statistics came"]
     assert list(first["finished"]) == [name for name in build("functional").state_dict() if "running" not in name]

@@ -8,7 +8,7 @@ from moving_cases import STEPS, Digits
 from step_cases import SIZE, TRAINERS, Around, train
 from torch import Tensor
 
-from tost_plugins import Mask, Session
+from tost_plugins import Mask, Session, TostError
 from tost_plugins.params import prunable
 
 RANDOM = {"kind": "random", "sparsity": 0.6, "allocation": "uniform"}
@@ -114,6 +114,29 @@ def test_a_step_that_a_scaler_skips_changes_nothing(trainer: str, case: str, cli
         assert not differences(plain_names(plain), plain_names(session))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["tweaks", "dnw"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_float16_on_a_gpu_skips_steps_whole(trainer: str, case: str) -> None:
+    """As above with each framework's own scaler, whose first steps may overflow as well."""
+    seen: list[tuple[int, Mask, list[Tensor]]] = []
+
+    def look(step: int, session: Session) -> None:
+        params = prunable(session.model)
+        for name, param in params.items():
+            assert not param.detach().cpu()[~session.mask[name].cpu()].any()
+        seen.append((session.clock.step, session.mask, [param.detach().clone() for param in params.values()]))
+
+    around = Around(CASES[case], clip=CLIP, scaled=True, gpu=True, overflows=OVERFLOWS, look=look)
+    session = train(trainer, around, Digits(norm=False))
+    assert len(seen) == STEPS and next(session.model.parameters()).is_cuda
+    stood = [i for i in range(1, STEPS) if all(map(torch.equal, seen[i][2], seen[i - 1][2]))]
+    assert set(OVERFLOWS) <= set(stood) and len(stood) < STEPS - 3
+    assert all(seen[i][1] == seen[i - 1][1] for i in stood)
+    counts = trainer in ("composer", "transformers")
+    assert all(seen[i][0] - seen[i - 1][0] == (1 if counts else i not in stood) for i in range(1, STEPS))
+
+
 # ---- precision and compilation
 
 
@@ -217,3 +240,43 @@ def test_the_trainers_smaller_batches_begin_as_if_nothing_had_been(kind: str) ->
         found.append((seen, weights(session)))
     assert found[0][0] == found[1][0] and [step for step, *_ in seen] == list(range(1, STEPS + 1))
     assert not differences(found[0][1], found[1][1])
+
+
+# ---- averaged weights
+
+
+@pytest.mark.parametrize("mask", [RANDOM, RIGL, DNW], ids=lambda mask: mask["kind"])
+@pytest.mark.filterwarnings("ignore:SWA has known issues")
+def test_composers_swa_ends_as_a_sparse_network(mask: dict[str, Any]) -> None:
+    """The average of a mask that moves fits into no mask: it takes the one of the moment when training goes on with it."""
+    pytest.importorskip("composer")
+    from composer.algorithms import SWA
+
+    swa, steps = SWA(swa_start="0.3dur", swa_end="0.8dur", update_interval="1ba"), []
+
+    def look(step: int, session: Session) -> None:
+        params = prunable(session.model)
+        assert not any(bool(param.detach()[~session.mask[name]].any()) for name, param in params.items())
+        steps.append((step, session.clock.step))
+
+    around = Around({"mask": mask, "tweaks": TWEAKS}, look=look, algorithms=lambda tost: [tost, swa])
+    session = train("composer", around)
+    assert swa.swa_completed and steps == [(step, step) for step in range(1, STEPS + 1)]
+    assert Mask.from_zeros(prunable(session.model)) == session.mask
+    averaged = prunable(swa.swa_model.module)  # SWA's own copy
+    kept = sum(int(param.count_nonzero()) for param in averaged.values()) / session.mask.size
+    assert kept == pytest.approx(0.4, abs=1e-3) if mask is RANDOM else 0.4 < kept < 0.75
+
+
+@pytest.mark.filterwarnings("ignore:SWA has known issues")
+def test_averages_in_front_of_a_mask_that_hides_are_refused() -> None:
+    pytest.importorskip("composer")
+    from composer.algorithms import EMA, SWA
+
+    for average in (EMA(half_life="2ba"), SWA(update_interval="1ba")):
+        name = type(average).__name__
+        message = (
+            rf"mask dnw: expected to be in front of what averages the weights, got {name} in front, .*; write \[Tost"
+        )
+        with pytest.raises(TostError, match=message):
+            train("composer", Around({"mask": DNW}, algorithms=lambda tost, average=average: [average, tost]))

@@ -831,7 +831,8 @@ def test_other_algorithms_beside_it(other, first, tmp_path):
             check_sparse(averaged, algorithm.session.mask)
 
 
-def test_clipping_in_front_of_it_clips_the_masked_gradient():
+@pytest.mark.parametrize("first", [False, True], ids=["behind", "in_front"])
+def test_clipping_clips_the_masked_gradient(first):
     norms = []
 
     class Norm(Callback):
@@ -839,7 +840,8 @@ def test_clipping_in_front_of_it_clips_the_masked_gradient():
             grads = [param.grad for param in state.model.parameters() if param.grad is not None]
             norms.append(float(torch.cat([grad.flatten() for grad in grads]).norm()))
 
-    trainer(model(), GradientClipping("norm", 1e-3), TostAlgorithm(RECIPE), callbacks=[Norm()]).fit()
+    both = [TostAlgorithm(RECIPE), GradientClipping("norm", 1e-3)]
+    trainer(model(), *(both if first else both[::-1]), callbacks=[Norm()]).fit()
     assert norms == pytest.approx([1e-3] * STEPS, rel=1e-2)
 
 

@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     session = Session(net, RECIPE).attach()
     wrapped = DistributedDataParallel(net, find_unused_parameters=False)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9)
-    found: dict[str, Any] = {"alphas": [], "untouched": untouched(batches)}
+    found: dict[str, Any] = {"alphas": [], "norms": [], "outside": [], "untouched": untouched(batches)}
     watch = Watch(counts=True)
     with session.drive(optimizer, batches, total_steps=STEPS):
         found["started"] = state(net)
@@ -37,6 +37,9 @@ def main(folder: Path) -> None:
             found["alphas"].append(session.metrics()["tost/ghost_skip/alpha"])
             optimizer.zero_grad()
             F.cross_entropy(wrapped(x), y).backward()
+            grads = {name: param.grad for name, param in net.named_parameters()}
+            found["outside"] += [name for name, keep in session.mask.items() if bool(grads[name][~keep].any())]
+            found["norms"].append(torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 0.5))
             optimizer.step()
             watch(net, optimizer, session)
         found |= {"states": watch.states, "sent": watch.sent}
