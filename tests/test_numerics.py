@@ -138,7 +138,9 @@ def test_batch_norm_with_one_value_per_channel_is_named(kind: str) -> None:
     tweaks = [{"kind": "rescaled_init", "iterations": 1}] if kind == "rescaled_init" else []
     net = Net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(TostError, match=r"expected more than 1 value per channel for batch norm in training mode, got .*drop_last"):
+    with pytest.raises(
+        TostError, match=r"expected more than 1 value per channel for batch norm in training mode, got .*drop_last"
+    ):
         trained(net, mask_of("random" if tweaks else kind), tweaks, few(size=1, side=1))
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
 
@@ -158,7 +160,9 @@ def test_frozen_layers_are_masked_and_keep_their_values(kind: str) -> None:
         module.requires_grad_(False)
     before = net.conv1.weight.clone()
     if kind in ("set", "rigl"):  # what they grow would stay 0
-        with pytest.raises(TostError, match="expected layers that get gradients, got frozen ones: stem, conv1; add them to"):
+        with pytest.raises(
+            TostError, match="expected layers that get gradients, got frozen ones: stem, conv1; add them to"
+        ):
             trained(net, mask_of(kind))
         return
     session = trained(net, mask_of(kind))
@@ -221,7 +225,9 @@ def test_quantized_weights_are_named_and_can_be_ignored() -> None:
     net = Net()
     for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn):
         net.conv1.weight = nn.Parameter(torch.ones(8, 8, 3, 3).to(dtype), requires_grad=False)
-        with pytest.raises(TostError, match=r"conv1\.weight: expected a floating-point weight of 16 bits or more, got torch\."):
+        with pytest.raises(
+            TostError, match=r"conv1\.weight: expected a floating-point weight of 16 bits or more, got torch\."
+        ):
             masks.find(net, "random", 0.5)
         assert "conv1.weight" not in masks.find(net, "random", 0.5, ignore=["conv1"])
 

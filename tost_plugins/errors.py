@@ -99,6 +99,8 @@ def from_pydantic(where: str, error: ValidationError, kinds: Container[object] =
     elif first["type"] in ("missing", "missing_argument"):
         text = f"{path}: expected a value, got none; add the key {path.rsplit('.')[-1]!r}"
     else:
-        text = f"{path}: expected {message[0].lower()}{message[1:]}, got {shown(first.get('input'))}; correct this value"
+        text = (
+            f"{path}: expected {message[0].lower()}{message[1:]}, got {shown(first.get('input'))}; correct this value"
+        )
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return TostError(f"{where}: {text}{more}")

@@ -117,7 +117,9 @@ def _check_pickle(stream: IO[bytes]) -> None:
         start = len(stack) - len(op.stack_before)
         if pickletools.markobject in op.stack_before:
             start = marks.pop() - op.stack_before.index(pickletools.markobject)
-        size = 1 + sum(stack[start:]) if op.name in _TUPLES else memo.get(argument, 1) if op.name.endswith("BINGET") else 1
+        size = (
+            1 + sum(stack[start:]) if op.name in _TUPLES else memo.get(argument, 1) if op.name.endswith("BINGET") else 1
+        )
         if size > _NESTING:
             raise _Suspect("nested without end")
         stack[start:] = [size] * len(op.stack_after)

@@ -196,9 +196,10 @@ def train(
     write(out / "environment.json", json.dumps(environment(), indent=1))
     described = {"name": recipe.name, "model": recipe.model, "data": recipe.data.name, "trainer": recipe.trainer}
     job.listen("run", {**described, "total": job.total_steps})
+    resumes = resume and _checkpoints(job)
     run = package(f"tost_plugins.loops.{recipe.trainer}", "trainer", f"tost_plugins[{recipe.trainer}]").run
     with _stoppable(job):
-        session: Session = run(job, resume and _checkpoints(job))
+        session: Session = run(job, resumes)
     return _conclude(job, session)
 
 
@@ -273,7 +274,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         content = error
     if not isinstance(content, dict):
-        raise TostError(f"--resume: expected {path} as the run has written it, got {shown(content)}; use another folder")
+        raise TostError(
+            f"--resume: expected {path} as the run has written it, got {shown(content)}; use another folder"
+        )
     return content
 
 

@@ -24,7 +24,9 @@ from tost_plugins.task import Task, logits_of, untouched
 
 def _check_size(shape: tuple[int, ...]) -> tuple[int, ...]:
     if math.prod(shape) > 10**8:
-        raise ValueError(f"expected a sample of at most 100,000,000 numbers, got {math.prod(shape):,}; correct its sides")
+        raise ValueError(
+            f"expected a sample of at most 100,000,000 numbers, got {math.prod(shape):,}; correct its sides"
+        )
     return shape
 
 
