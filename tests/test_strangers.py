@@ -139,6 +139,7 @@ def test_views_sparse_tensors_and_dicts_that_stand_for_more_than_the_file_holds(
         '{"w": [-1, -16]}',
         '{"w": [true, 16]}',
         '{"w": [1e999]}',
+        '{"w": [9223372036854775808, "3"]}',
         "[" * 100_000,
         '{"w": [' + "9" * 5000 + "]}",
     ],

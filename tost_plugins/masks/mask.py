@@ -257,9 +257,10 @@ def _unpack(path: Path, packed: dict[str, Tensor], metadata: dict[str, str]) -> 
         shapes = json.loads(metadata["shapes"])
         masks = {}
         for name, shape in shapes.items():
+            if not all(type(side) is int and side >= 0 for side in shape):
+                raise ValueError(f"in {name}")
             size = math.prod(shape)
-            fits = packed[name].dtype == torch.uint8 and packed[name].numel() == (size + 7) // 8
-            if not fits or not all(type(side) is int and side >= 0 for side in shape):
+            if packed[name].dtype != torch.uint8 or packed[name].numel() != (size + 7) // 8:
                 raise ValueError(f"in {name}")
             bits = np.unpackbits(packed[name].numpy(), count=size)
             masks[name] = torch.from_numpy(bits).bool().reshape(shape)
