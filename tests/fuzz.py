@@ -125,10 +125,48 @@ def _saved(content: object, zipped: bool = True) -> bytes:
 
 # Mutations
 
-INTERESTING = [b"\x00", b"\xff", b"{", b"[", b'"', b"-1", b"9" * 30, b"NaN", b"\xff\xff\xff\x7f", b"(", b")", b".", b"h\x01", b"q\x01",
-               b"\x85", b"\x86", b"R", b"}", b"s", b"cbuiltins\neval\n", b"cbuiltins\nbytearray\n", b"null", b"F8_E4M3", b"U64",
-               b"C64", b"!!python/name:os.system", b"&a ", b"*a", b"<<: ", b"\xe2\x80\xa8", b"\xed\xa0\x80", b"!!binary ",
-               b"2001-12-14", b"1:2:3", b"0x", b"? ", b"- ", b": ", b"\n", b"\t"]  # fmt: skip
+INTERESTING = [
+    b"\x00",
+    b"\xff",
+    b"{",
+    b"[",
+    b'"',
+    b"-1",
+    b"9" * 30,
+    b"NaN",
+    b"\xff\xff\xff\x7f",
+    b"(",
+    b")",
+    b".",
+    b"h\x01",
+    b"q\x01",
+    b"\x85",
+    b"\x86",
+    b"R",
+    b"}",
+    b"s",
+    b"cbuiltins\neval\n",
+    b"cbuiltins\nbytearray\n",
+    b"null",
+    b"F8_E4M3",
+    b"U64",
+    b"C64",
+    b"!!python/name:os.system",
+    b"&a ",
+    b"*a",
+    b"<<: ",
+    b"\xe2\x80\xa8",
+    b"\xed\xa0\x80",
+    b"!!binary ",
+    b"2001-12-14",
+    b"1:2:3",
+    b"0x",
+    b"? ",
+    b"- ",
+    b": ",
+    b"\n",
+    b"\t",
+]
 
 
 @st.composite
@@ -177,23 +215,126 @@ def _within(content: bytes, draw: st.DrawFn) -> bytes:
 
 # Grammars
 
-KEYS = ["name", "source", "seed", "mask", "tweaks", "model", "data", "optimizer", "schedule", "duration", "trainer", "precision",
-        "kind", "sparsity", "allocation", "ignore", "batches", "rounds", "input_shape", "until", "every", "path", "limit",
-        "batch_size", "image_size", "lr", "at", "warmup", "iterations", "norm", "prune", "<<", "__class__", "a\x00b"]  # fmt: skip
-WORDS = ["random", "snip", "synflow", "file", "lottery_ticket", "ghost_skip", "rescaled_init", "global", "erk", "0.4dur", "60ep",
-         "1e300ep", "9" * 30 + "ba", "../../etc/passwd", "/dev/zero", "*" * 30 + "a", "[!a-", "\ud800", "\x00", "ａ", "\u202e", "1.5e400",
-         "-0", "inf", "[/bold]", "\x1b[31m", "x" * 5000]  # fmt: skip
+KEYS = [
+    "name",
+    "source",
+    "seed",
+    "mask",
+    "tweaks",
+    "model",
+    "data",
+    "optimizer",
+    "schedule",
+    "duration",
+    "trainer",
+    "precision",
+    "kind",
+    "sparsity",
+    "allocation",
+    "ignore",
+    "batches",
+    "rounds",
+    "input_shape",
+    "until",
+    "every",
+    "path",
+    "limit",
+    "batch_size",
+    "image_size",
+    "lr",
+    "at",
+    "warmup",
+    "iterations",
+    "norm",
+    "prune",
+    "<<",
+    "__class__",
+    "a\x00b",
+]
+WORDS = [
+    "random",
+    "snip",
+    "synflow",
+    "file",
+    "lottery_ticket",
+    "ghost_skip",
+    "rescaled_init",
+    "global",
+    "erk",
+    "0.4dur",
+    "60ep",
+    "1e300ep",
+    "9" * 30 + "ba",
+    "../../etc/passwd",
+    "/dev/zero",
+    "*" * 30 + "a",
+    "[!a-",
+    "\ud800",
+    "\x00",
+    "ａ",
+    "\u202e",
+    "1.5e400",
+    "-0",
+    "inf",
+    "[/bold]",
+    "\x1b[31m",
+    "x" * 5000,
+]
 SCALARS = st.one_of(
-    st.sampled_from(WORDS), st.text(max_size=20), st.none(), st.booleans(), st.integers(), st.floats(),
+    st.sampled_from(WORDS),
+    st.text(max_size=20),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
     st.sampled_from([2**63, -(2**63) - 1, 10**39, 10**400, float("nan"), float("inf"), -0.0, 5e-324]),
-)  # fmt: skip
+)
 NAMES = st.one_of(st.sampled_from(KEYS), st.text(max_size=8), st.integers(-1, 3))
 VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=4) | st.dictionaries(NAMES, v, max_size=4), max_leaves=12)
 SNIPPETS = st.sampled_from(
-    ["!!python/object/apply:os.system [id]", "!!python/name:os.system ", "&a ", "*a", "!!set {a, b}", "!!binary aGk=", "!!omap [a: 1]",
-     "<<: ", "? ", "- ", ": ", "{", "}", "[", "]", "|\n ", ">\n ", "\n", " ", "#", "---\n", "...\n", "%YAML 9.9\n", "'", '"', ",", "\t", "!",
-     "2001-99-99", "0x" + "f" * 5000, "190:20:30", ".nan", "\\ud800", '"\\ud800"', "~", "mask: ", "kind: ", "random", "sparsity: 0.5", "\x85"]
-) | st.text(max_size=4)  # fmt: skip
+    [
+        "!!python/object/apply:os.system [id]",
+        "!!python/name:os.system ",
+        "&a ",
+        "*a",
+        "!!set {a, b}",
+        "!!binary aGk=",
+        "!!omap [a: 1]",
+        "<<: ",
+        "? ",
+        "- ",
+        ": ",
+        "{",
+        "}",
+        "[",
+        "]",
+        "|\n ",
+        ">\n ",
+        "\n",
+        " ",
+        "#",
+        "---\n",
+        "...\n",
+        "%YAML 9.9\n",
+        "'",
+        '"',
+        ",",
+        "\t",
+        "!",
+        "2001-99-99",
+        "0x" + "f" * 5000,
+        "190:20:30",
+        ".nan",
+        "\\ud800",
+        '"\\ud800"',
+        "~",
+        "mask: ",
+        "kind: ",
+        "random",
+        "sparsity: 0.5",
+        "\x85",
+    ]
+) | st.text(max_size=4)
 
 
 @st.composite
@@ -253,9 +394,12 @@ def headed(draw: st.DrawFn) -> bytes:
 def inputs(target: str) -> st.SearchStrategy[bytes]:
     if target == "recipe":
         return st.one_of(
-            mutated(recipes()), edited(), VALUES.map(_dumped), st.binary(max_size=60),
+            mutated(recipes()),
+            edited(),
+            VALUES.map(_dumped),
+            st.binary(max_size=60),
             st.lists(SNIPPETS, max_size=20).map(lambda parts: "".join(parts).encode("utf-8", "surrogatepass")),
-        )  # fmt: skip
+        )
     return st.one_of(mutated(masks()), mutated(masks()), headed(), st.binary(max_size=60))
 
 
@@ -265,9 +409,13 @@ def inputs(target: str) -> st.SearchStrategy[bytes]:
 def with_hypothesis(target: str, count: int, seed: int, folder: Path) -> None:
     @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=count, deadline=None, database=None, derandomize=False,
-        suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
-    )  # fmt: skip
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+    )
     @hypothesis.given(inputs(target))
     def run(content: bytes) -> None:
         faulthandler.dump_traceback_later(120, exit=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tost_plugins import buffers
 from tost_plugins.errors import TostError, shown
-from tost_plugins.files import is_file, replacing
+from tost_plugins.files import replacing
 from tost_plugins.masks.mask import by_clean_name, comparable, read_tensors
 from tost_plugins.tweaks.soft_activation import RELU
 
@@ -79,11 +80,13 @@ def export(source: str | Path, out: str | Path, unfinished: bool = False) -> dic
 
 def find(source: Path) -> Path:
     """The file with the weights: the source itself, or the newest one in a run's or a checkpoint's folder."""
-    if is_file(source):
+    if os.path.isfile(source):
         return source
-    saved = sorted((source / "checkpoints").glob("*-[0-9]*"), key=_number)  # checkpoint-500, step-500
+    saved = sorted(
+        (source / "checkpoints").glob("*-[0-9]*") if os.path.isdir(source) else (), key=_number
+    )  # checkpoint-500, step-500
     folders = [source, source / "checkpoints", *reversed(saved)]
-    found = [folder / name for folder in folders for name in _FILES if (folder / name).is_file()]
+    found = [folder / name for folder in folders for name in _FILES if os.path.isfile(folder / name)]
     if not found:
         raise TostError(f"export {source}: expected a checkpoint or a run's folder, got neither; check the path")
     return found[0]

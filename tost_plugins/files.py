@@ -34,14 +34,6 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def is_file(path: Path) -> bool:
-    """Whether a file is there that may be looked at; a name that no file can have is not an error."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
 def write(path: Path, text: str) -> None:
     """Write a text file."""
     with replacing(path) as temporary:

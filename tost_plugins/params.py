@@ -109,7 +109,7 @@ def prunable(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.Param
 def _check_values(model: nn.Module) -> None:
     """Raise TostError on tensors that have no values yet: whatever is attached to them now would not fit them later."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             raise TostError(
                 f"{clean_name(name)}: expected a tensor with a shape, got a lazy one; run one batch through the model first"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.resources
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from functools import reduce
@@ -19,7 +20,7 @@ from torch import nn
 from tost_plugins import plain_yaml
 from tost_plugins.clock import Time, TimeField
 from tost_plugins.errors import TostError, from_pydantic, unknown
-from tost_plugins.files import is_file, write
+from tost_plugins.files import write
 from tost_plugins.masks import MASKS, Mask
 from tost_plugins.session import Session
 from tost_plugins.tweaks import TWEAKS
@@ -183,7 +184,7 @@ def shipped() -> dict[str, Path]:
 def read(name_or_path: str | Path) -> dict[str, Any]:
     """The unchecked content of a shipped recipe or a YAML file; raises TostError if it is not readable YAML."""
     path = Path(name_or_path)
-    if not is_file(path):
+    if not os.path.isfile(path):
         files = shipped()
         if str(name_or_path) not in files:
             if path.suffix in (".yaml", ".yml"):
@@ -228,7 +229,7 @@ def apply_changes(content: Mapping[str, Any], changes: list[str]) -> dict[str, A
 def _as_mask(value: Any, sparsity: float | None = None) -> dict[str, Any]:
     if isinstance(value, (str, Path)):
         is_kind = str(value) in MASKS
-        looks_like_file = Path(value).suffix or is_file(Path(value))
+        looks_like_file = Path(value).suffix or os.path.isfile(value)
         value = {"kind": "file", "path": str(value)} if not is_kind and looks_like_file else {"kind": str(value)}
     elif not isinstance(value, Mapping) or isinstance(value, Mask):
         raise TostError(f"mask: expected a kind, a path or a dict, got {value!r}; see tost recipes schema")

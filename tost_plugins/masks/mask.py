@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from tost_plugins import pickles
 from tost_plugins.errors import TostError
-from tost_plugins.files import is_file, replacing
+from tost_plugins.files import replacing
 from tost_plugins.params import clean_name, some
 from tost_plugins.sharding import whole
 
@@ -56,7 +57,7 @@ class Mask(Mapping[str, Tensor]):
         Raises TostError when the file is missing, torn, not plain tensors, or holds no mask.
         """
         path = Path(path)
-        if not is_file(path):
+        if not os.path.isfile(path):
             raise TostError(f"mask file {path}: expected an existing file, got none; check the path")
         tensors, packed = read_tensors(path)
         if packed is not None:
@@ -233,8 +234,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
 def flatten(content: object, path: Path | str) -> dict[str, Tensor]:
     """The state dict inside a loaded checkpoint: `state_dict`, `model`, `state` and the like are opened."""
     for _ in range(4):  # a dict may hold itself
-        keys = ("state_dict", "state", "model", "model_state_dict", "net") if isinstance(content, Mapping) else ()
-        content = next((content[key] for key in keys if isinstance(content.get(key), Mapping)), content)
+        inner = content if isinstance(content, Mapping) else {}
+        keys = ("state_dict", "state", "model", "model_state_dict", "net")
+        content = next((inner[key] for key in keys if isinstance(inner.get(key), Mapping)), content)
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
         raise TostError(
@@ -266,9 +268,10 @@ def _unpack(path: Path, packed: dict[str, Tensor], metadata: dict[str, str]) -> 
         shapes = json.loads(metadata["shapes"])
         masks = {}
         for name, shape in shapes.items():
+            if not all(type(side) is int and side >= 0 for side in shape):
+                raise ValueError(f"in {name}")
             size = math.prod(shape)
-            fits = packed[name].dtype == torch.uint8 and packed[name].numel() == (size + 7) // 8
-            if not fits or not all(type(side) is int and side >= 0 for side in shape):
+            if packed[name].dtype != torch.uint8 or packed[name].numel() != (size + 7) // 8:
                 raise ValueError(f"in {name}")
             bits = np.unpackbits(packed[name].numpy(), count=size)
             masks[name] = torch.from_numpy(bits).bool().reshape(shape)
