@@ -410,7 +410,17 @@ def test_states_of_another_recipe_are_refused(whole: tuple[Path, dict[str, Tenso
 def test_two_ranks_agree(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     done = subprocess.run(
-        [*command, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(RANK), str(tmp_path)],
+        [
+            *command,
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            str(RANK),
+            str(tmp_path),
+        ],
         env={**os.environ, "PYTHONPATH": str(RANK.parents[2]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

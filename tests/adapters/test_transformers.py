@@ -573,7 +573,9 @@ def test_a_mask_object_and_deep_copies(tmp_path: Path) -> None:
 
 
 def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = pytest.raises(TostError, match="expected one process or DDP, got DEEPSPEED, .*; use torchrun without fsdp")
+    expected = pytest.raises(
+        TostError, match=r"expected one process or DDP, got DEEPSPEED, .*; use torchrun without fsdp"
+    )
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     args.deepspeed = {"zero_optimization": {"stage": 1}}  # given to the constructor it asks for the package
     net, keys = Net(), list(Net().state_dict())

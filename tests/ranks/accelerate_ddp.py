@@ -123,10 +123,7 @@ if __name__ == "__main__":
     found = {
         "runs": [train(folder / "state", resume=False), train(folder / "state", resume=True)],
         "sent": untouched(),
-        **{
-            kind: [train(folder / kind, resume, recipe) for resume in (False, True)]
-            for kind, recipe in MOVING.items()
-        },
+        **{kind: [train(folder / kind, resume, recipe) for resume in (False, True)] for kind, recipe in MOVING.items()},
         "untouched": first_epoch(scored=False),
         "read": first_epoch(scored=True),
     }

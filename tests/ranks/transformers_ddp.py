@@ -112,6 +112,9 @@ if __name__ == "__main__":
     }
     for kind, recipe in MOVING.items():
         found[kind] = train(folder / kind, None, recipe, **strict, gradient_accumulation_steps=2)
-    extra = {"sent": train(folder / "untouched", None, None, **strict, **saved)["sent"], "refused": refused(folder / "fsdp")}
+    extra = {
+        "sent": train(folder / "untouched", None, None, **strict, **saved)["sent"],
+        "refused": refused(folder / "fsdp"),
+    }
     torch.save({"runs": found, **extra}, folder / f"{dist.get_rank()}.pt")
     leave()

@@ -29,7 +29,9 @@ def state_of(model: nn.Module, optimizer: Any, session: Session | None) -> str:
         found |= {f"{name}/{key}": value for key, value in state.items() if isinstance(value, Tensor)}
     if session is not None:
         found |= {f"{name}/mask": mask for name, mask in session.mask.items()}
-        found |= {name: value for name, value in model.named_buffers() if name.endswith(("_mask", "alpha", "tost_clock"))}
+        found |= {
+            name: value for name, value in model.named_buffers() if name.endswith(("_mask", "alpha", "tost_clock"))
+        }
     return digest(found)
 
 
