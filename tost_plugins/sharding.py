@@ -41,10 +41,9 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 def reshard(model: nn.Module) -> None:
     """Give the modules their parts back: after a forward pass alone the outermost one still has whole weights, which
     are other objects than those that the optimizer trains."""
-    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-    for module in model.modules() if kind else ():
-        if isinstance(module, kind):
-            module.reshard()  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, _fsdp("FSDPModule")):
+            module.reshard()  # type: ignore[attr-defined, operator]
 
 
 @contextmanager
@@ -106,15 +105,17 @@ def check_kind(where: str, model: nn.Module) -> None:
 
 def _by_fsdp1(model: nn.Module) -> bool:
     """Either kind of FSDP marks its modules; FSDP2's have parts for parameters, or are of its class."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return False
     modules = list(model.modules())
-    if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in modules):
+    if any(isinstance(module, _fsdp("FullyShardedDataParallel")) for module in modules):
         return True
     marked = any(getattr(module, "_is_fsdp_managed_module", False) for module in modules)
-    second = any(isinstance(module, getattr(fsdp, "FSDPModule", ())) for module in modules)
+    second = any(isinstance(module, _fsdp("FSDPModule")) for module in modules)
     return marked and not second and not any(is_part(param) for param in model.parameters())
+
+
+def _fsdp(name: str) -> Any:
+    """A class of torch.distributed.fsdp; nothing is one of it where nobody has imported that, or torch lacks it."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), name, ())
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:

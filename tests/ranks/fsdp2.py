@@ -194,9 +194,9 @@ def refused() -> dict[str, str]:
     shard(early.net)
     found["optimizer"] = error(early.train)
     for original in (True, False):
-        first = Run(functools.partial(FullyShardedDataParallel, use_orig_params=original, device_id=CPU))
-        found[f"fsdp1 {original}"] = error(first.train)
-    found["fsdp1 late"] = error(lambda: Session(FullyShardedDataParallel(Net(), device_id=CPU), RECIPE).attach())
+        wrap = functools.partial(FullyShardedDataParallel, use_orig_params=original, device_id=CPU)
+        found[f"fsdp1 {original}"] = error(Run(wrap).train)
+    found["fsdp1 late"] = error(lambda: Session(wrap(Net()), RECIPE).attach())
 
     def poison(run: Run, step: int) -> None:
         if step == 2 and dist.get_rank() == 1:
