@@ -24,11 +24,15 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line per row, with a header."""
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+    """One line per row, with a header of all their keys; the folder is made, and the file is whole whenever it is there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
+    temporary.replace(path)
 
 
 def comparison_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -96,6 +96,7 @@ class Session:
         self._masked: list[tuple[nn.Parameter, Tensor]] = []  # weights, and their masks in the weights' own dtype
         self._movement: Movement | None = None  # of a mask that moves, while it runs
         self._moved: dict[str, float] = {}  # what it had to say at the end
+        self._watcher: Any = None  # what the recipe's `watch` makes, while the run goes on
         self._stepped = False  # whether this very session has seen a step: a resumed run has to smooth its loss again
         self._seen: tuple[int, int] | None = None  # identity and version of the clock buffer when last written
 
@@ -162,13 +163,16 @@ class Session:
             self._refresh()
             return
         clock = clock or Clock(0, total_steps, steps_per_epoch)
+        task = Task(self.model, self._params(), batches, loss_fn, forward, criterion)
         if self.saved_step() >= 0:
             self._resume(clock)
+            self._watch(task, self.clock)
         else:
             self._check_times(clock)
-            task = Task(self.model, self._params(), batches, loss_fn, forward, criterion)
+            self._watch(task, clock)
             self._begin(task, clock)
         self.state = "running"
+        self._look()
 
     def adopt(self, optimizer: Optimizer) -> None:
         """Train with this optimizer; ghosts that it lacks join their convolutions' groups. `start` does the same."""
@@ -208,6 +212,7 @@ class Session:
             self._check_smoothing()  # with a closure there is no moment before the step
             self._stepped = True
             self._tick(self.clock.step)
+            self._look()
 
     def conceal(self) -> None:
         """Take removed weights that train out of sight out of the network again: part of `after_step`, and to be called
@@ -227,6 +232,8 @@ class Session:
             self._notice_loading()
             self._moved = self._movement.metrics() if self._movement is not None else {}  # its buffers go
             self._warn_if_live()
+            if self._watcher is not None:
+                self._watcher.finish(self.mask, self.clock)
         if self.optimizer is not None:
             optimizing.leave(self.optimizer, (param for param, _ in self._companions()))
         for tweak in reversed(self.tweaks):
@@ -487,6 +494,13 @@ class Session:
 
     def _companions(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         return [pair for tweak in self.tweaks for pair in tweak.companions(self.model)]
+
+    def _watch(self, task: Task, clock: Clock) -> None:
+        self._watcher = None if self.recipe.watch is None else self.recipe.watch.begin(task, clock)
+
+    def _look(self) -> None:
+        if self._watcher is not None and self._watcher.due(self.clock):
+            self._watcher.look(self.mask, self.clock)
 
     def _warn_if_live(self) -> None:
         found = {key: value for tweak in self.tweaks for key, value in tweak.metrics(self.model).items()}

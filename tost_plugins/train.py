@@ -188,7 +188,7 @@ def train(
     check_out(out, recipe, resume)
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())
-    job = prepare(recipe, out, mask, listen)
+    job = prepare(_watched(recipe, out), out, mask, listen)
     job.keep_at = keep_at
     out.mkdir(parents=True, exist_ok=True)
     recipe.to_yaml(out / "recipe.yaml")
@@ -218,6 +218,13 @@ def prepare(recipe: Recipe, out: Path, mask: Mask | None = None, listen: Listene
     if total < 1:
         raise TostError(f"duration: expected at least one optimizer step, got {str(recipe.duration)!r}; make it longer")
     return Job(recipe, out, loaded, model, loader, total, device, mask, listen or (lambda event, values: None))
+
+
+def _watched(recipe: Recipe, out: Path) -> Recipe:
+    """The recipe with a place for what is watched: `watch` in the run's folder, unless it names one."""
+    if recipe.watch is None or recipe.watch.out is not None:
+        return recipe
+    return recipe.model_copy(update={"watch": recipe.watch.model_copy(update={"out": str(out / "watch")})})
 
 
 def find_mask(recipe: Recipe) -> Mask:
