@@ -19,7 +19,7 @@ LAYERS = [
     {"masks", "tweaks"},
     {"buffers", "moving"},
     {"session"},
-    {"hooks", "recipe", "study", "report", "export"},
+    {"hooks", "recipe", "study", "report", "page", "export"},
     {"__init__"},  # the public names: for users; no lower module leans on them
     {"models", "data"},
     {"sources"},

@@ -176,12 +176,13 @@ def train(
     mask: Mask | None = None,
     listen: Listener | None = None,
     keep_at: int = 0,
+    initial: Callable[[nn.Module, Mask | None], None] | None = None,
 ) -> dict[str, Any]:
     """Train as the recipe says and leave everything in `out`: recipe, versions, history, mask, the plain network.
 
     Returns what `result.json` holds: test accuracy in percent, sparsity, parameter counts, the rows of the history.
-    `mask` is used instead of the recipe's; `keep_at` is a step whose checkpoint stays in `out`/early. A stopped
-    run goes on with `resume`, a finished one is returned as it is.
+    `mask` is used instead of the recipe's; `keep_at` is a step whose checkpoint stays in `out`/early; `initial(model,
+    mask)` may change the initial weights. A stopped run goes on with `resume`, a finished one is returned as it is.
     Raises TostError for anything in the recipe that does not work out, Stopped after Ctrl-C.
     """
     out = Path(out)
@@ -190,6 +191,8 @@ def train(
         return json.loads((out / "result.json").read_text())
     job = prepare(_watched(recipe, out), out, mask, listen)
     job.keep_at = keep_at
+    if initial is not None:
+        initial(job.model, mask)
     out.mkdir(parents=True, exist_ok=True)
     recipe.to_yaml(out / "recipe.yaml")
     write(out / "environment.json", json.dumps(environment(), indent=1))
