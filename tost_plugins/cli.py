@@ -77,6 +77,7 @@ def compare(
     set_: SetOption = [],  # noqa: B006
     seeds: Annotated[int, typer.Option(help="How many seeds, from the recipe's on.")] = 3,
     out_dir: Annotated[Path, typer.Option("--out", help="The comparison's folder.")] = Path("runs/compare"),
+    jobs: JobsOption = 1,
     resume: ResumeOption = False,
     as_json: JsonOption = False,
 ) -> None:

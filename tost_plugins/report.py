@@ -106,6 +106,7 @@ class Plot:
     xlabel: str = ""
     ylabel: str = ""
     zero: bool = False  # a line at 0
+    chance: str | None = None  # a column with what chance would give: a thin line of its means
 
 
 def summary(rows: Sequence[Mapping[str, Any]], plot: Plot) -> list[dict[str, Any]]:
@@ -151,13 +152,16 @@ def study_figure(rows: Sequence[Mapping[str, Any]], plot: Plot, title: str, subt
                 p for p in points if (not plot.panel or p[plot.panel] == panel) and (not plot.by or p[plot.by] == line)
             ]
             _line(axes, mine, plot, line, _STYLES[number % len(_STYLES)], (number - (len(lines) - 1) / 2) * 0.12)
+        if plot.chance:
+            mine = [row for row in rows if not plot.panel or row[plot.panel] == panel]
+            _by_chance(axes, summary(mine, Plot(plot.x, plot.chance)))
         axes.set_title("" if panel is None else str(panel), fontsize=9)
         _tidy(axes, plot)
     figure.suptitle(f"{textwrap.fill(title, 45 * across + 20)}\n{subtitle}".strip(), fontsize=9)
     if plot.by:
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(len(lines), 2 * across), frameon=False, fontsize=8
+            handles, labels, loc="outside lower center", ncols=min(len(handles), 2 * across), frameon=False, fontsize=8
         )
     figure.savefig(str(path), dpi=150)
 
@@ -179,6 +183,11 @@ def _line(axes: Any, points: Sequence[Mapping[str, Any]], plot: Plot, label: Any
     )
     low, high = [a - s for a, s in zip(y, std, strict=True)], [a + s for a, s in zip(y, std, strict=True)]
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _by_chance(axes: Any, means: Sequence[Mapping[str, Any]]) -> None:
+    x, y = zip(*sorted(list(point.values())[:2] for point in means), strict=True)
+    axes.plot(x, y, color="#000000", linewidth=0.9, dashes=(1, 2), label="by chance")
 
 
 def _tidy(axes: Any, plot: Plot) -> None:

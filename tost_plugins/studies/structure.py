@@ -63,7 +63,7 @@ _SHARES = {
     "paper": tuple(n / 20 for n in range(20)),
 }
 _LOOK: dict[str, Row] = {
-    "smoke": {"draws": 2, "images": 180, "batches": 2},
+    "smoke": {"draws": 2, "images": 360, "batches": 2},
     "cpu": {"draws": 3, "images": 1000, "batches": 10},
     "paper": {"draws": 10, "images": 10000, "batches": 100},
 }

@@ -61,7 +61,9 @@ def _connections(records: Sequence[Record], size: Size) -> list[Row]:
             rows.append({**when, "quantity": "dead units (%)", "value": dead, "binomial": by_chance})
             if spreads:  # gradual pruning starts dense: nothing to spread yet
                 value = statistics.mean(spreads)
-                rows.append({**when, "quantity": "spread of in-degrees over the binomial's", "value": value, "binomial": 1.0})
+                rows.append(
+                    {**when, "quantity": "spread of in-degrees over the binomial's", "value": value, "binomial": 1.0}
+                )
     return rows
 
 
@@ -121,7 +123,7 @@ _BASE = {"smoke": {"tweaks": []}, "cpu": {"tweaks": []}, "paper": STRUCTURES}
 in_degree = Study(
     about="in-degrees of every unit along the training, against a random mask's binomial; dead units",
     paper=f"{_GELDER}, figure 3: masks that move come to prefer some units, far beyond the binomial.",
-    plot=Plot("epoch", "value", by="method", panel="quantity", xlabel="epoch", ylabel=""),
+    plot=Plot("epoch", "value", by="method", panel="quantity", xlabel="epoch", chance="binomial"),
     cells=_structures("in_degree"), rows=_connections, base=_BASE,
 )  # fmt: skip
 emergence = Study(
