@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mask_nets import batches, net
+from torch.utils.data import DataLoader, TensorDataset
 
 from tost_plugins import Mask, Recipe, Session, TostError
 from tost_plugins.params import prunable
@@ -107,6 +108,25 @@ def test_a_loop_of_ones_own_is_watched(tmp_path: Path, monkeypatch: pytest.Monke
         assert 0 < kept <= 1.02 * whole
     last = [float(row["zeros"]) for row in rows(tmp_path / "tost-watch", "activation_sparsity") if row["step"] == "3"]
     assert last == [row["zeros"] for row in activation_sparsity(model, data[:1])]
+
+
+def test_watching_leaves_the_order_of_the_data(tmp_path: Path) -> None:
+    def train_on(watch: dict[str, Any] | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = net()
+        images = torch.cat([images for images, _ in batches(4)])
+        data = DataLoader(TensorDataset(images, torch.arange(len(images)) % 4), 6, shuffle=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        session = Session(model, {"mask": {"kind": "random", "sparsity": 0.5}, "watch": watch})
+        with session.drive(optimizer, data, F.cross_entropy, total_steps=len(data)):
+            for inputs, labels in data:
+                F.cross_entropy(model(inputs), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return model[0].weight
+
+    watch = {"measures": ["activation_sparsity"], "every": "1ba", "out": str(tmp_path)}
+    assert torch.equal(train_on(watch), train_on(None))
 
 
 @pytest.mark.parametrize(

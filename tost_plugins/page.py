@@ -81,11 +81,12 @@ def _machines(results: Sequence[Mapping[str, Any]]) -> str:
 def _section(number: int, path: Path, result: Mapping[str, Any]) -> str:
     image = base64.b64encode(path.with_suffix(".png").read_bytes()).decode()
     about = f"{result['study']}: {result['about']}"
+    sentence = escape(f"{result['about'][0].upper()}{result['about'][1:]}.")
     runs = (
         f"{result['title']}; {result['seconds'] / 60:.1f} minutes in all" if result["title"] else "nothing is trained"
     )
     return (
-        f'<section id="study-{number}"><h2>{escape(_name(result))}</h2><p>{escape(result["about"].capitalize())}.</p>'
+        f'<section id="study-{number}"><h2>{escape(_name(result))}</h2><p>{sentence}</p>'
         f'<p class="soft">{escape(runs)}</p><img src="data:image/png;base64,{image}" alt="{escape(about, quote=True)}">'
         f"<p>The paper: {escape(result['paper'])}</p><details><summary>Table of means</summary>{_table(result['summary'])}"
         f"</details><code>{escape(result['command'])}</code></section>"

@@ -146,7 +146,9 @@ def study_figure(rows: Sequence[Mapping[str, Any]], plot: Plot, title: str, subt
     down = -(-len(panels) // across)
     figure = Figure(figsize=(3.9 * across + 1.6 * (across == 1), 3.3 * down + 1.0), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(down, across, squeeze=False).flat, panels, strict=False):
+    for axes, panel in zip(
+        figure.subplots(down, across, squeeze=False, sharey=bool(plot.ylabel)).flat, panels, strict=False
+    ):
         for number, line in enumerate(lines):
             mine = [
                 p for p in points if (not plot.panel or p[plot.panel] == panel) and (not plot.by or p[plot.by] == line)

@@ -1,6 +1,7 @@
 """TostHook in real Accelerate loops: what it trains, logs and saves, that it leaves no trace, and what it refuses."""
 
 import copy
+import csv
 import os
 import subprocess
 import sys
@@ -410,6 +411,12 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
     for one, two in zip(first["runs"], second["runs"], strict=True):
         assert not differences(one["mask"], two["mask"]) and not differences(one["weights"], two["weights"])
         assert one["alphas"] == two["alphas"] and one["plain"] and two["plain"]
+    for measure in (
+        "in_degree",
+        "activation_sparsity",
+    ):  # by rank 0, in the whole run, in the resumed one up to its end
+        with (tmp_path / "watch" / f"{measure}.csv").open(newline="") as file:
+            assert sorted({int(row["step"]) for row in csv.DictReader(file)}) == [0, 3, 6, 7]
     whole, resumed = first["runs"]
     assert not differences(whole["weights"], resumed["weights"])
     for found in (first, second):

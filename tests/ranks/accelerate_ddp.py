@@ -41,13 +41,17 @@ def loader() -> DataLoader:
     return DataLoader(TensorDataset(images, torch.arange(32) % 4), 4, shuffle=True)
 
 
+def watch(folder: Path) -> dict[str, Any]:
+    return {"measures": ["in_degree", "activation_sparsity"], "every": "3ba", "out": str(folder)}
+
+
 def train(folder: Path, resume: bool) -> dict[str, Any]:
     """A run of 7 steps, or its second half; every rank starts from other weights, as scripts without a seed do."""
     seeded = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=1)
     accelerator = Accelerator(cpu=True, dataloader_config=seeded)
     assert accelerator.num_processes == 2
     net = network(seed=accelerator.process_index)
-    tost = TostHook(RECIPE, accelerator)
+    tost = TostHook(RECIPE, accelerator, watch=watch(folder.parent / "watch"))
     tost.attach(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     model, optimizer, batches = accelerator.prepare(net, optimizer, loader())
@@ -81,10 +85,10 @@ def train(folder: Path, resume: bool) -> dict[str, Any]:
     }
 
 
-def first_epoch(scored: bool) -> Tensor:
-    """The images that this rank reads first, with or without a mask and an initialisation that have looked at them."""
+def first_epoch(folder: Path, scored: bool) -> Tensor:
+    """The images that this rank reads first, with or without a mask, an initialisation and a watcher that have looked at them."""
     accelerator, net = Accelerator(cpu=True), network(0)
-    tost = TostHook(RECIPE, accelerator)
+    tost = TostHook(RECIPE, accelerator, watch=watch(folder / "first"))
     tost.attach(net)
     torch.manual_seed(0)
     _, optimizer, batches = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1), loader())
@@ -97,8 +101,8 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     found = {
         "runs": [train(folder / "state", resume=False), train(folder / "state", resume=True)],
-        "untouched": first_epoch(scored=False),
-        "read": first_epoch(scored=True),
+        "untouched": first_epoch(folder, scored=False),
+        "read": first_epoch(folder, scored=True),
     }
     torch.save(found, folder / f"{Accelerator().process_index}.pt")
     leave()

@@ -19,7 +19,7 @@ from tost_plugins.study.activations import activation_sparsity
 from tost_plugins.study.connectivity import in_degree
 from tost_plugins.study.curvature import curvature
 from tost_plugins.study.overlap import emergence
-from tost_plugins.task import Task, to_device
+from tost_plugins.task import Task, to_device, untouched
 
 Row = dict[str, Any]
 Measure = Literal["in_degree", "emergence", "activation_sparsity", "curvature"]
@@ -46,8 +46,7 @@ class Watch(BaseModel):
     `tost-watch`, and for `tost train` `watch` in the run's own. `batches` is how many of the first batches the
     measures that look at data take.
 
-    Rank 0 looks at its own copy of the network, so a network that is split over ranks (FSDP) can only be watched with
-    in_degree and emergence.
+    With several ranks, rank 0 looks at its own copy of the network and its own batches, and the others wait.
 
     Example:
         >>> Watch(measures=["in_degree"], every="100ba").every.steps(Clock())
@@ -124,10 +123,12 @@ class Watcher:
         return _WITH_DATA[name](self.task, mask)
 
     def _batches(self, task: Task) -> list[Any] | None:
-        """The first batches, kept on the CPU: a loader that shuffles gives others each time."""
-        if not self.here or not _WITH_DATA.keys() & set(self.spec.measures):
+        """The first batches, kept on the CPU: a loader that shuffles gives others each time. Every rank reads its own, since
+        loaders of several ranks may talk to each other; the order of the run's data stays what it was."""
+        if not _WITH_DATA.keys() & set(self.spec.measures):
             return None
-        return [to_device(batch, torch.device("cpu")) for batch in task.take(self.spec.batches, "watch")]
+        with untouched(task.model, task.batches, train=task.model.training):
+            return [to_device(batch, torch.device("cpu")) for batch in task.take(self.spec.batches, "watch")]
 
     def _masks(self) -> dict[int, Mask]:
         return {step: Mask.load(path) for step, path in self._files().items()}
