@@ -253,6 +253,20 @@ def test_side_by_side_gives_what_one_after_another_gives(tmp_path: Path) -> None
         assert (a["folder"] / "model.safetensors").read_bytes() == (b["folder"] / "model.safetensors").read_bytes()
 
 
+def test_a_ticket_is_found_once_and_then_trained_with_every_tweak(tmp_path: Path) -> None:
+    ticket = ["mask={kind: lottery_ticket, sparsity: 0.9, prune: 0.7, on_collapse: keep_one}", "duration=2ba"]
+    cells = studies.cells("ablation", "smoke", [*TINY, *ticket], 1)
+    assert [cell.name for cell in cells if cell.parent is None] == ["ticket-seed0"] and len(cells) == 7
+    records = grid.run([cells[0], cells[1], cells[3]], tmp_path)
+    found = [Mask.load(record["folder"] / "mask.safetensors") for record in records]
+    assert found[0] == found[1] == found[2] and found[0].sparsity == pytest.approx(0.9, abs=0.02)
+    assert records[0]["folder"].name.startswith("round-") and not records[0]["labels"]
+    assert [row["training"] for row in studies.STUDIES["ablation"].rows(records, "smoke")] == [
+        "plain",
+        "soft_activation",
+    ]
+
+
 def test_constant_signs_start_a_run(tmp_path: Path) -> None:
     recipe = Recipe.from_dict(
         {"mask": {"kind": "random", "sparsity": 0.5}, "model": "cifar/resnet8", "duration": "1ba"}
