@@ -10,15 +10,15 @@ A ticket's rounds are trained without tweaks and rewound to the initial weights;
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import os
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from tost_plugins import Recipe, grid
+from tost_plugins.grid import Cell
+from tost_plugins.report import write_csv
+from tost_plugins.studies.base import accuracies
 
 EVERY = {"every": "25ba"}  # a short run has fewer than a thousand steps: RigL's 100 would be a handful of updates
 METHODS: dict[str, dict[str, Any]] = {
@@ -53,34 +53,13 @@ def recipe(method: str, variant: str, seed: int, args: argparse.Namespace) -> di
     }  # fmt: skip
 
 
-def run(out: Path, content: dict[str, Any]) -> None:
-    """Train one cell in this process."""
-    import torch
-
-    from tost_plugins import Mask, Recipe
-    from tost_plugins.lottery import lottery
-    from tost_plugins.train import train
-
-    torch.set_num_threads(1)
-    if content["mask"]["kind"] != "lottery_ticket":
-        train(Recipe.from_dict(content), out, resume=True)
-    elif content["tweaks"]:
-        rounds = sorted((out.parent / out.name.replace("tost", "plain")).glob("round-*"))
-        mask = {"kind": "file", "path": str(rounds[-1] / "mask.safetensors")}
-        train(Recipe.from_dict(content | {"mask": mask}), out, resume=True, mask=Mask.load(mask["path"]))
-    else:
-        rows = lottery(Recipe.from_dict(content), out, resume=True)
-        (out / "result.json").write_text(json.dumps(rows[-1]))
-
-
-def cell(method: str, variant: str, seed: int, args: argparse.Namespace) -> float:
-    """The test accuracy of one cell, from disk or from a process of its own."""
-    out = args.out / f"{method.replace(', ', '-').replace(' ', '_')}-{variant}-seed{seed}"
-    if not (out / "result.json").exists():
-        content = json.dumps(recipe(method, variant, seed, args))
-        subprocess.run([sys.executable, __file__, "--cell", content, "--out", str(out)], check=True,
-                       env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    return json.loads((out / "result.json").read_text())["test_accuracy"]
+def cell(method: str, variant: str, seed: int, args: argparse.Namespace) -> Cell:
+    """One cell of the grid."""
+    labels, content = {"method": method, "training": variant, "seed": seed}, recipe(method, variant, seed, args)
+    name, parent = f"{method.replace(', ', '-').replace(' ', '_')}-{variant}-seed{seed}", None
+    if content["mask"]["kind"] == "lottery_ticket" and variant == "tost":
+        content["mask"], parent = {"kind": "file", "path": "structure.safetensors"}, name.replace("tost", "plain")
+    return Cell(name, Recipe.from_dict(content), labels, parent)
 
 
 def main() -> None:
@@ -95,18 +74,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.cell:
-        return run(args.out, json.loads(args.cell))
-    args.out.mkdir(parents=True, exist_ok=True)
-    cells = [(m, v, s) for v in args.variants for s in range(args.seeds) for m in args.methods]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        found = dict(zip(cells, pool.map(lambda key: cell(*key, args), cells), strict=True))
-    with (args.out / "methods.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", "training", "seed", "test_accuracy"])
-        writer.writerows([*key, f"{accuracy:.2f}"] for key, accuracy in found.items())
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    cells = [cell(m, v, s, args) for v in args.variants for s in range(args.seeds) for m in args.methods]
+    records = grid.run(cells, args.out, args.jobs)
+    write_csv(args.out / "methods.csv", accuracies(records, "cpu"))
+    found = {tuple(record["labels"].values()): record["result"]["test_accuracy"] for record in records}
     print(f"{'method':36s}" + "".join(f"{variant:>16s}" for variant in args.variants))
     for method in args.methods:
         columns = [[found[method, variant, seed] for seed in range(args.seeds)] for variant in args.variants]

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import tost_plugins
+from tost_plugins import Recipe
 from tost_plugins.masks import MASKS
+from tost_plugins.studies import STUDIES
 from tost_plugins.tweaks import TWEAKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,12 +70,21 @@ def test_the_readme_loop_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list(model.state_dict()) == keys
 
 
+def test_the_studies_page_runs_and_names_every_study() -> None:
+    pytest.importorskip("scipy")
+    for block in blocks("docs/studies/README.md"):
+        exec(block, {})
+    (watch,) = blocks("docs/studies/README.md", "yaml")
+    assert len(Recipe.of("tost_any_mask", **yaml.safe_load(watch)).watch.measures) == 4
+    assert all(f"| `{name}` |" in (ROOT / "docs/studies/README.md").read_text() for name in STUDIES)
+
+
 def test_the_pages_name_every_method_and_tweak() -> None:
     assert all(f"`{kind}`" in (ROOT / "docs/masks.md").read_text() for kind in MASKS)
     assert all(f"## {kind}" in (ROOT / "docs/tweaks.md").read_text() for kind in TWEAKS)
 
 
 def test_links_in_the_pages_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"

@@ -19,13 +19,15 @@ LAYERS = [
     {"masks", "tweaks"},
     {"buffers", "moving", "gradients"},
     {"session"},
-    {"hooks", "averages", "recipe", "study", "report", "export"},
+    {"hooks", "averages", "recipe", "study", "report", "page", "export"},
     {"__init__"},  # the public names: for users; no lower module leans on them
     {"models", "data", "checkpoints"},
     {"sources"},
     {"train"},
     {"loops"},  # one per trainer, loaded by `train` under its name; knows that framework and its adapter
-    {"compare", "lottery"},
+    {"lottery"},
+    {"grid"},
+    {"compare", "studies"},
     {"cli"},
     {"__main__"},
 ]
@@ -40,6 +42,7 @@ OUTSIDE = {"composer", "transformers", "accelerate", "datasets"} | {
     "timm",
     "sklearn",
     "matplotlib",
+    "scipy",
 }
 ADAPTERS = "tost_plugins.adapters"
 MAY_REACH_OUTSIDE = {"models", "sources", "train", "report", "cli"}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from tost_plugins.recipe import Recipe
@@ -19,15 +20,29 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Sparse training that works: masks, ToST's tweaks, recipes.", no_args_is_help=True,
                   add_completion=False, pretty_exceptions_enable=False)  # fmt: skip
 masks_app = typer.Typer(help="Find, look at and convert masks.", no_args_is_help=True)
+
+
+class _Names(TyperGroup):
+    """`tost study NAME` is `tost study run NAME`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        named = bool(args) and args[0] not in self.commands and not args[0].startswith("-")
+        return super().resolve_command(ctx, ["run", *args] if named else args)
+
+
+study_app = typer.Typer(help="The figures and tables of both papers: tost study NAME (see tost study list).",
+                        no_args_is_help=True, cls=_Names)  # fmt: skip
 recipes_app = typer.Typer(help="The recipes that come with the library.", no_args_is_help=True)
 app.add_typer(masks_app, name="mask")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(study_app, name="study")
 
 RecipeArg = Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")]
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key, like mask.sparsity=0.95 (repeatable).")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+JobsOption = Annotated[int, typer.Option("--jobs", help="How many runs side by side.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
 
 out = Console()
@@ -62,6 +77,7 @@ def compare(
     set_: SetOption = [],  # noqa: B006
     seeds: Annotated[int, typer.Option(help="How many seeds, from the recipe's on.")] = 3,
     out_dir: Annotated[Path, typer.Option("--out", help="The comparison's folder.")] = Path("runs/compare"),
+    jobs: JobsOption = 1,
     resume: ResumeOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,7 +87,7 @@ def compare(
 
     content = _recipe(recipe, set_)
     with _progress(as_json) as listen:
-        result = run(content, out_dir, seeds, resume, listen)
+        result = run(content, out_dir, seeds, resume, listen, jobs)
     rows = report.comparison_rows(result)
     report.write_csv(out_dir / "comparison.csv", rows)
     report.comparison_figure(result, out_dir / "comparison.png")
@@ -193,6 +209,63 @@ def recipes_schema(as_json: JsonOption = False) -> None:
     _print_json(Recipe.model_json_schema())
 
 
+@study_app.command("run")
+def study_run(
+    name: Annotated[str, typer.Argument(help="A study of `tost study list`.")],
+    size: Annotated[str, typer.Option(help="smoke (digits), cpu (a part of CIFAR-10) or paper.")] = "smoke",
+    out_dir: Annotated[Path | None, typer.Option("--out", help="The folder; default: runs/study-NAME-SIZE.")] = None,
+    jobs: JobsOption = 1,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds; default: the size's own.")] = None,
+    set_: SetOption = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many runs there are, and train nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a study: its grid of runs (those in --out are not run again), then table, JSON and figure in --out."""
+    from tost_plugins import grid, studies
+    from tost_plugins.report import table
+
+    folder = out_dir or Path(f"runs/study-{name}-{size}")
+    if dry_run:
+        plan = grid.outlook(studies.cells(name, size, set_, seeds), folder, jobs)
+        return _print_json(plan) if as_json else out.print(_outlook(plan), highlight=False)
+    with _progress(as_json) as listen:
+        result = studies.run(name, folder, size, set_, seeds, jobs, listen)
+    if as_json:
+        return _print_json({key: result[key] for key in ("study", "title", "summary")})
+    if len(result["summary"]) <= 60:
+        out.print(table(f"{result['about']} ({result['title']})", result["summary"]))
+    out.print(f"paper: {result['paper']}", highlight=False)
+    out.print(f"picture: {folder}/{name}.png   tables: {folder}/{name}.csv, {name}-summary.csv", highlight=False)
+
+
+@study_app.command("list")
+def study_list(as_json: JsonOption = False) -> None:
+    """Every study: what it looks at, and how many runs it takes at each size."""
+    from tost_plugins import studies
+    from tost_plugins.report import table
+
+    rows = [{"name": name, "about": study.about, **{size: len(studies.cells(name, size)) for size in studies.BASES}}
+            for name, study in studies.STUDIES.items()]  # fmt: skip
+    if as_json:
+        return _print_json(rows)
+    out.print(table("studies (and how many runs they take)", rows))
+
+
+@study_app.command("report")
+def study_report(
+    folder: Annotated[Path, typer.Argument(help="A folder with studies in it, or in the folders below.")],
+    target: Annotated[Path | None, typer.Option("--out", help="The page; default: report.html in the folder.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put the figures and tables of a folder into one HTML page that needs nothing else."""
+    from tost_plugins.page import page
+
+    result = page(folder, target or folder / "report.html")
+    if as_json:
+        return _print_json(result)
+    out.print(f"{result['studies']} studies: {result['page']}", highlight=False)
+
+
 def main() -> None:
     """Run the command line; a TostError is one line on stderr and exit status 1."""
     from click.exceptions import Abort
@@ -218,6 +291,21 @@ def _recipe(name: str, changes: list[str]) -> Recipe:
     from tost_plugins.recipe import Recipe, apply_changes, read
 
     return Recipe.from_dict(apply_changes(read(name), changes), f"recipe {name}")
+
+
+def _outlook(plan: dict[str, Any]) -> str:
+    time = "how long is known after the first" if plan["seconds"] is None else f"about {_duration(plan['seconds'])}"
+    return f"{plan['cells']} runs, {plan['left']} left: {time if plan['left'] else 'nothing to do'}"
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _print_json(value: Any) -> None:
@@ -261,6 +349,11 @@ def _progress(silent: bool) -> Iterator[Listener | None]:
                 bar.reset(task, total=values["total"], description=escape(name))
             elif event == "step":
                 bar.update(task, completed=values["step"], total=values["total"])
+            elif event == "cell":
+                left = f", about {_duration(values['seconds_left'])} left" if values["done"] < values["total"] else ""
+                text = f"{values['done']} of {values['total']}: {values['name']}, {_duration(values['seconds'])}{left}"
+                bar.console.print(text, highlight=False)
+                bar.update(task, description="", completed=0)
             elif event == "round":
                 shown = {
                     key: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for key, value in values.items()

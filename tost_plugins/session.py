@@ -98,6 +98,7 @@ class Session:
         self._gradients: gradients.Following | None = None  # masks them as they come, while a loop goes on
         self._movement: Movement | None = None  # of a mask that moves, while it runs
         self._moved: dict[str, float] = {}  # what it had to say at the end
+        self._watcher: Any = None  # what the recipe's `watch` makes, while the run goes on
         self._stepped = False  # whether this very session has seen a step: a resumed run has to smooth its loss again
         self._gone_back = False  # whether the last that happened to the run was the loading of an older checkpoint
         self._seen: tuple[int, int] | None = None  # identity and version of the clock buffer when last written
@@ -168,15 +169,22 @@ class Session:
             self._follow_gradients()
             return
         clock = clock or Clock(0, total_steps, steps_per_epoch)
+
+        def task() -> Task:
+            return Task(self.model, self._params(), batches, loss_fn, forward, criterion)
+
         if self.saved_step() >= 0:
             self._resume(clock)
+            self._watch(task(), self.clock)
         else:
             self._check_times(clock)
+            self._watch(task(), clock)
             with sharding.unsharded(self.model):
-                mask = self._prepare(Task(self.model, self._params(), batches, loss_fn, forward, criterion), clock)
+                mask = self._prepare(task(), clock)
             self._begin(mask, clock)
         self.state = "running"
         self._follow_gradients()
+        self._look()
 
     def adopt(self, optimizer: Optimizer) -> None:
         """Train with this optimizer; ghosts that it lacks join their convolutions' groups. `start` does the same."""
@@ -216,6 +224,7 @@ class Session:
             self._check_smoothing()  # with a closure there is no moment before the step
             self._stepped, self._gone_back = True, False
             self._tick(self.clock.step)
+            self._look()
 
     def conceal(self) -> None:
         """Take removed weights that train out of sight out of the network again: part of `after_step`, and to be called
@@ -246,6 +255,8 @@ class Session:
             self._notice_loading()
             self._moved = self._movement.metrics() if self._movement is not None else {}  # its buffers go
             self._warn_if_live()
+            if self._watcher is not None:
+                self._watcher.finish(self.mask, self.clock)
         sharding.reshard(self.model)
         if self.optimizer is not None:
             optimizing.leave(self.optimizer, (param for param, _ in self._companions()))
@@ -394,10 +405,16 @@ class Session:
 
     def _check_sharding(self) -> None:
         sharding.check_kind("start", self.model)
-        if self.moving is not None and self.moving.hides and any(map(sharding.is_part, self._params().values())):
+        if not any(map(sharding.is_part, self._params().values())):
+            return
+        if self.moving is not None and self.moving.hides:
             raise TostError(
                 f"mask {self.recipe.mask.kind}: expected whole weights on every rank, got FSDP2's parts, of which no rank can "
                 f"tell the largest after every step; use DDP, or a mask that moves now and then (rigl, set, gradual)"
+            )
+        if self.recipe.watch is not None:
+            raise TostError(
+                "watch: expected whole weights on every rank, got FSDP2's parts; use DDP, or leave watch out of the recipe"
             )
 
     def _attach_tweaks(self) -> None:
@@ -555,6 +572,13 @@ class Session:
 
     def _companions(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         return [pair for tweak in self.tweaks for pair in tweak.companions(self.model)]
+
+    def _watch(self, task: Task, clock: Clock) -> None:
+        self._watcher = None if self.recipe.watch is None else self.recipe.watch.begin(task, clock)
+
+    def _look(self) -> None:
+        if self._watcher is not None and self._watcher.due(self.clock):
+            self._watcher.look(self.mask, self.clock)
 
     def _live(self) -> dict[str, Any]:
         """What makes the network another than the finished one: names and strengths as in `metrics`."""

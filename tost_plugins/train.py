@@ -177,20 +177,23 @@ def train(
     mask: Mask | None = None,
     listen: Listener | None = None,
     keep_at: int = 0,
+    initial: Callable[[nn.Module, Mask | None], None] | None = None,
 ) -> dict[str, Any]:
     """Train as the recipe says and leave everything in `out`: recipe, versions, history, mask, the plain network.
 
     Returns what `result.json` holds: test accuracy in percent, sparsity, parameter counts, the rows of the history.
-    `mask` is used instead of the recipe's; `keep_at` is a step whose checkpoint stays in `out`/early. A stopped
-    run goes on with `resume`, a finished one is returned as it is.
+    `mask` is used instead of the recipe's; `keep_at` is a step whose checkpoint stays in `out`/early; `initial(model,
+    mask)` may change the initial weights. A stopped run goes on with `resume`, a finished one is returned as it is.
     Raises TostError for anything in the recipe that does not work out, Stopped after Ctrl-C.
     """
     out = Path(out)
     check_out(out, recipe, resume)
     if (out / "result.json").exists():
         return read_json(out / "result.json")
-    job = prepare(recipe, out, mask, listen)
+    job = prepare(_watched(recipe, out), out, mask, listen)
     job.keep_at = keep_at
+    if initial is not None:
+        initial(job.model, mask)
     out.mkdir(parents=True, exist_ok=True)
     recipe.to_yaml(out / "recipe.yaml")
     write(out / "environment.json", json.dumps(environment(), indent=1))
@@ -219,6 +222,13 @@ def prepare(recipe: Recipe, out: Path, mask: Mask | None = None, listen: Listene
     if total < 1:
         raise TostError(f"duration: expected at least one optimizer step, got {str(recipe.duration)!r}; make it longer")
     return Job(recipe, out, loaded, model, loader, total, device, mask, listen or (lambda event, values: None))
+
+
+def _watched(recipe: Recipe, out: Path) -> Recipe:
+    """The recipe with a place for what is watched: `watch` in the run's folder, unless it names one."""
+    if recipe.watch is None or recipe.watch.out is not None:
+        return recipe
+    return recipe.model_copy(update={"watch": recipe.watch.model_copy(update={"out": str(out / "watch")})})
 
 
 def find_mask(recipe: Recipe) -> Mask:

@@ -1,6 +1,7 @@
 """TostHook in real Accelerate loops: what it trains, logs and saves, that it leaves no trace, and what it refuses."""
 
 import copy
+import csv
 import os
 import subprocess
 import sys
@@ -452,6 +453,12 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
             assert one["states"] == two["states"] and len(set(one["states"])) == len(one["states"])
             assert one["alphas"] == two["alphas"] and one["plain"] and two["plain"]
         assert not differences(whole["weights"], resumed["weights"]) and whole["states"][3:] == resumed["states"]
+    for measure in (
+        "in_degree",
+        "activation_sparsity",
+    ):  # by rank 0, in the whole run, in the resumed one up to its end
+        with (tmp_path / "watch" / f"{measure}.csv").open(newline="") as file:
+            assert sorted({int(row["step"]) for row in csv.DictReader(file)}) == [0, 3, 6, 7]
     for found in (first, second):
         assert torch.equal(found["untouched"], found["read"])
         assert found["runs"][0]["sent"] == found["sent"] and sum(found["sent"].values()) >= 3

@@ -48,12 +48,16 @@ def loader() -> DataLoader:
     return DataLoader(TensorDataset(images, torch.arange(32) % 4), 4, shuffle=True)
 
 
+def look(folder: Path) -> dict[str, Any]:
+    return {"measures": ["in_degree", "activation_sparsity"], "every": "3ba", "out": str(folder)}
+
+
 def train(folder: Path, resume: bool, recipe: Any = RECIPE) -> dict[str, Any]:
     """A run of 7 steps, or its second half. Every rank starts from other weights, as scripts without a seed do."""
     accelerator = Accelerator(cpu=True, dataloader_config=SEEDED)
     assert accelerator.num_processes == 2
     net = network(seed=accelerator.process_index)
-    tost = TostHook(recipe, accelerator)
+    tost = TostHook(recipe, accelerator, watch=look(folder.parent / "watch") if recipe is RECIPE else None)
     tost.attach(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     model, optimizer, batches = accelerator.prepare(net, optimizer, loader())
@@ -106,10 +110,10 @@ def untouched() -> dict[str, int]:
     return watch.sent
 
 
-def first_epoch(scored: bool) -> Tensor:
-    """The images that this rank reads first, with or without a mask and an initialisation that have looked at them."""
+def first_epoch(folder: Path, scored: bool) -> Tensor:
+    """The images that this rank reads first, with or without a mask, an initialisation and a watcher that have looked at them."""
     accelerator, net = Accelerator(cpu=True), network(0)
-    tost = TostHook(RECIPE, accelerator)
+    tost = TostHook(RECIPE, accelerator, watch=look(folder / "first"))
     tost.attach(net)
     torch.manual_seed(0)
     _, optimizer, batches = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1), loader())
@@ -124,8 +128,8 @@ if __name__ == "__main__":
         "runs": [train(folder / "state", resume=False), train(folder / "state", resume=True)],
         "sent": untouched(),
         **{kind: [train(folder / kind, resume, recipe) for resume in (False, True)] for kind, recipe in MOVING.items()},
-        "untouched": first_epoch(scored=False),
-        "read": first_epoch(scored=True),
+        "untouched": first_epoch(folder, scored=False),
+        "read": first_epoch(folder, scored=True),
     }
     torch.save(found, folder / f"{Accelerator().process_index}.pt")
     leave()
