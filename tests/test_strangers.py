@@ -176,14 +176,18 @@ def test_a_run_from_a_stranger_is_not_resumed_by_running_its_code(trainer: str, 
     file = tmp_path / "run" / "checkpoints" / files[trainer]
     file.parent.mkdir(parents=True)
     recipe.to_yaml(tmp_path / "run" / "recipe.yaml")
-    (file.parent / "trainer_state.json").write_text("{}")
+    if file.parent.name != "checkpoints":  # else it is not taken for a checkpoint at all
+        save_file({"w": torch.zeros(1)}, file.parent / "model.safetensors")
+        (file.parent / "trainer_state.json").write_text("{}")
+        for other in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+            torch.save({}, file.parent / other)
     torch.save({"state": _Trap(tmp_path / "sprung")}, file)
     with pytest.raises(TostError, match=f"{file.name}: expected plain tensors, got a pickle with other objects"):
         train(recipe, tmp_path / "run", resume=True)
     assert not (tmp_path / "sprung").exists()
     for content in ("", "[" * 100_000, "[]", '{"a": '):
         (tmp_path / "run" / "result.json").write_text(content)
-        with pytest.raises(TostError, match=r"--resume: expected .*result\.json as the run has written it, got"):
+        with pytest.raises(TostError, match=r"result\.json: expected whole JSON, got something unreadable"):
             train(recipe, tmp_path / "run", resume=True)
 
 
