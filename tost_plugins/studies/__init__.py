@@ -20,7 +20,7 @@ from tost_plugins.train import Listener, environment
 
 _CURVES = Study(
     about="the curves of PSwish over beta",
-    paper="Jaiswal et al., ICML 2022, figure 5: from a smooth curve to ReLU as beta grows.",
+    paper="Jaiswal et al., ICML 2022, figure 5.",
     plot=Plot("x", "y", by="curve", xlabel="x", ylabel="x sigmoid(beta x)"),
     cells=lambda content, size, seeds: [],
     rows=lambda records, size: curves.pswish(),

@@ -111,16 +111,17 @@ def _accuracy_and_time(records: Sequence[Record], size: Size) -> list[Row]:
     return rows
 
 
-_TOST = "Jaiswal et al., ICML 2022"
+_TOST, _CURVES = "Jaiswal et al., ICML 2022", "; curves only, so compare directions."
 ablation = Study(
     about="each tweak alone and all together, on the same masks and seeds",
-    paper=f"{_TOST}, table 4 (ResNet-18, CIFAR-100, lottery tickets): each tweak alone helps, all together help most.",
+    paper=f"{_TOST}, table 4 (ResNet-18, CIFAR-100, lottery tickets): at 90 % 71.12 plain, 72.17 ghost_skip, 72.03 "
+    "soft_activation, 71.83 rescaled_init, 71.93 label_smoothing, 73.23 all.",
     plot=Plot("training", "test_accuracy", xlabel="", ylabel="test accuracy (%)"),
     cells=_ablation, rows=accuracies,
 )  # fmt: skip
 sparsity_sweep = Study(
     about="with and without the tweaks, from dense to very sparse",
-    paper=f"{_TOST}, figure 7: the gain grows with sparsity.",
+    paper=f"{_TOST}, figure 7 (20 to 97 %){_CURVES}",
     plot=Plot("sparsity", "test_accuracy", by="training", xlabel="sparsity", ylabel="test accuracy (%)"),
     cells=_sweep, rows=accuracies,
 )  # fmt: skip
@@ -133,13 +134,13 @@ density_benefit = Study(
 )  # fmt: skip
 ghostliness = Study(
     about="ghosts that vanish against ghosts that stay for the whole run",
-    paper=f"{_TOST}, figure 6: ghosts that vanish are better than ghosts that stay.",
+    paper=f"{_TOST}, figure 6{_CURVES}",
     plot=Plot("training", "test_accuracy", by="network", xlabel="", ylabel="test accuracy (%)"),
     cells=_ghosts, rows=_with_and_without,
 )  # fmt: skip
 freeze = Study(
     about="DNW with a structure that moves for N epochs: accuracy and time of a step",
-    paper="Van Gelder et al., 2020, figure 4: a structure frozen early loses little, and its steps are cheaper.",
+    paper=f"Van Gelder et al., 2020, figure 4 (ResNet-18, CIFAR-10){_CURVES}",
     plot=Plot("moves_for", "value", panel="quantity", xlabel="epochs in which the structure moves", ylabel=""),
     cells=_freeze, rows=_accuracy_and_time,
     base={"smoke": {"tweaks": []}, "cpu": {"tweaks": []}, "paper": STRUCTURES},
