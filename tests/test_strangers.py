@@ -179,7 +179,14 @@ def test_a_run_from_a_stranger_is_not_resumed_by_running_its_code(trainer: str, 
     if file.parent.name != "checkpoints":  # else it is not taken for a checkpoint at all
         save_file({"w": torch.zeros(1)}, file.parent / "model.safetensors")
         (file.parent / "trainer_state.json").write_text("{}")
-        for other in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+        for other in (
+            "optimizer.pt",
+            "scheduler.pt",
+            "rng_state.pth",
+            "optimizer.bin",
+            "scheduler.bin",
+            "random_states_0.pkl",
+        ):
             torch.save({}, file.parent / other)
     torch.save({"state": _Trap(tmp_path / "sprung")}, file)
     with pytest.raises(TostError, match=f"{file.name}: expected plain tensors, got a pickle with other objects"):
