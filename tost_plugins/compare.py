@@ -9,6 +9,7 @@ from typing import Any
 from tost_plugins import grid
 from tost_plugins.errors import TostError
 from tost_plugins.masks.base import Moving
+from tost_plugins.masks.lottery_ticket import LotteryTicket, single_run
 from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe import Recipe
 from tost_plugins.train import Listener
@@ -35,6 +36,8 @@ def compare(
         raise TostError("tost compare: expected a recipe with tweaks, got none; add some, or use tost train")
     if seeds < 1:
         raise TostError(f"--seeds: expected at least 1, got {seeds}; 3 or more say something about the spread")
+    if isinstance(recipe.mask, LotteryTicket):  # whose rounds would find a mask with the tweaks, and another without
+        raise single_run().at("mask lottery_ticket")
     records = grid.run(cells(recipe, seeds), out, jobs, resume, listen)
     runs = [{"variant": record["labels"]["variant"], **record["result"]} for record in records]
     rows = []

@@ -60,10 +60,7 @@ class LotteryTicket:
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """Raises TostError: this mask is not found before training, but by several trainings."""
-        raise TostError(
-            "expected several rounds of training, got a single run; find the masks with 'tost lottery RECIPE' or "
-            "LotteryTicket(...).run(...), and train with one of them as mask: {kind: file, path: .../mask.safetensors}"
-        )
+        raise single_run()
 
     def sparsities(self) -> list[float]:
         """That of each round: 0, then 1 - (1 - prune) ** round, at last exactly `sparsity`."""
@@ -133,3 +130,11 @@ class LotteryTicket:
             )
         shares = allocate(self.allocation, {name: (count,) for name, count in alive.items()}, 1 - total / mask.kept)
         return total if shares is None else shares
+
+
+def single_run() -> TostError:
+    """What is wrong with training such a recipe once."""
+    return TostError(
+        "expected several rounds of training, got a single run; find the masks with 'tost lottery RECIPE' or "
+        "LotteryTicket(...).run(...), and train with one of them as mask: {kind: file, path: .../mask.safetensors}"
+    )
