@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from tost_plugins import Session, models
 
 MASKS: dict[str, dict[str, Any]] = {
-    "static": {"kind": "random", "allocation": "uniform"},
-    "static again": {"kind": "random", "allocation": "uniform"},
+    "static": {"kind": "random", "allocation": "erk"},
+    "static again": {"kind": "random", "allocation": "erk"},
     "dnw": {"kind": "dnw"},
     "dnw, frozen": {"kind": "dnw", "freeze": "1ba"},
     "set": {"kind": "set"},
