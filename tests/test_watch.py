@@ -148,3 +148,15 @@ def test_what_cannot_be_watched_is_an_error_that_leaves_the_weights(watch: dict[
 def test_an_unknown_measure_is_an_error_that_lists_them() -> None:
     with pytest.raises(TostError, match=r"watch\.measures\.0: expected 'in_degree', 'emergence'.*got 'in_degre'"):
         Recipe.of({"mask": {"kind": "random", "sparsity": 0.5}}, watch="in_degre")
+
+
+@pytest.mark.parametrize("out", ["/tmp/elsewhere", "../elsewhere", "run/../../elsewhere"])
+def test_a_recipe_from_a_stranger_watches_within_its_folder(out: str, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    recipe = Recipe.from_dict(BASE | {"watch": {"measures": ["in_degree"], "out": out}})
+    with pytest.raises(TostError, match=r"watch\.out: expected a folder within the run's, "):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    recipe.to_yaml(tmp_path / "recipe.yaml")
+    with pytest.raises(TostError, match=r"watch\.out: expected a folder below this one, got"):
+        Recipe.load(tmp_path / "recipe.yaml")

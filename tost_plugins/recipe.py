@@ -138,8 +138,16 @@ class Recipe(_Strict):
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Recipe:
-        """A shipped recipe by name, or a YAML file by path; raises TostError if neither exists."""
-        return cls.from_dict(read(name_or_path), f"recipe {name_or_path}")
+        """A shipped recipe by name, or a YAML file by path; raises TostError if neither exists, and where the file, which may
+        come from somebody else, has what it watches written outside the folder that it is run in."""
+        recipe = cls.from_dict(read(name_or_path), f"recipe {name_or_path}")
+        place = Path(recipe.watch.out or "") if recipe.watch is not None else Path()
+        if place.is_absolute() or ".." in place.parts:
+            raise TostError(
+                f"recipe {name_or_path}: watch.out: expected a folder below this one, got {str(place)!r}; leave it away, or "
+                f"give watch= as an argument"
+            )
+        return recipe
 
     @classmethod
     def of(cls, value: Recipe | Mapping[str, Any] | str | Path | None, **overrides: Any) -> Recipe:

@@ -28,7 +28,7 @@ from tost_plugins.files import copy_folder, read_json, replacing, write, write_c
 from tost_plugins.masks.mask import Mask
 from tost_plugins.optional import package
 from tost_plugins.params import prunable, some
-from tost_plugins.recipe import Recipe
+from tost_plugins.recipe import Recipe, read
 from tost_plugins.session import Session
 from tost_plugins.task import Task
 
@@ -225,10 +225,14 @@ def prepare(recipe: Recipe, out: Path, mask: Mask | None = None, listen: Listene
 
 
 def _watched(recipe: Recipe, out: Path) -> Recipe:
-    """The recipe with a place for what is watched: `watch` in the run's folder, unless it names one."""
-    if recipe.watch is None or recipe.watch.out is not None:
+    """The recipe with a place for what is watched, `watch` in the run's folder unless it names another one in there: a
+    recipe may come from somebody else, and writes nowhere else."""
+    if recipe.watch is None:
         return recipe
-    return recipe.model_copy(update={"watch": recipe.watch.model_copy(update={"out": str(out / "watch")})})
+    place = Path(recipe.watch.out) if recipe.watch.out is not None else out / "watch"
+    if not place.resolve().is_relative_to(out.resolve()):
+        raise TostError(f"watch.out: expected a folder within the run's, {out}, got {str(place)!r}; leave `out` away")
+    return recipe.model_copy(update={"watch": recipe.watch.model_copy(update={"out": str(place)})})
 
 
 def find_mask(recipe: Recipe) -> Mask:
@@ -258,7 +262,7 @@ def check_out(out: Path, recipe: Recipe, resume: bool) -> None:
             f"--out {out}: expected a new folder, got one that holds a run; add --resume to go on with it, "
             f"or choose another folder"
         )
-    before, now = (dict(_leaves(spec.to_dict())) for spec in (Recipe.load(out / "recipe.yaml"), recipe))
+    before, now = (dict(_leaves(spec.to_dict())) for spec in (Recipe.from_dict(read(out / "recipe.yaml")), recipe))
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in ("name", "source")]
     if keys:
         differ = some([f"{key} {now.get(key)!r}, there {before.get(key)!r}" for key in keys])
