@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from interleave import rounds
 
 from tost_plugins import Session, models
 
@@ -65,13 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     with ExitStack() as stack:
         running = {name: contender(mask, args, stack) for name, mask in MASKS.items()}
-        times: dict[str, list[float]] = {name: [] for name in running}
-        for turn in range(args.pairs + 2):
-            for name, steps in running.items():
-                start = time.perf_counter()
-                steps()
-                if turn >= 2:  # the first two warm up
-                    times[name].append(time.perf_counter() - start)
+        times = rounds(running, args.pairs)
         stack.pop_all()  # the runs are not finished: leave without a word
     print(
         f"{args.model}, batch {args.batch_size} of {args.size} px, {args.pairs} rounds, {torch.get_num_threads()} threads"

@@ -9,15 +9,14 @@ over the rounds and its quartiles. `clipped` is the same step with `clip_grad_no
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from interleave import rounds
 
 from tost_plugins import Session, models
 
@@ -66,16 +65,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15, help="rounds")
     parser.add_argument("--channels-last", action="store_true")
     args = parser.parse_args()
-    order = random.Random(0)
     with ExitStack() as stack:
         running = {name: contender(name, args, stack) for name in CONTENDERS}
-        times: dict[str, list[float]] = {name: [] for name in running}
-        for turn in range(args.pairs + 2):
-            for name in order.sample(CONTENDERS, len(CONTENDERS)):
-                start = time.perf_counter()
-                running[name]()
-                if turn >= 2:  # the first two warm up
-                    times[name].append(time.perf_counter() - start)
+        times = rounds(running, args.pairs)
         stack.pop_all()  # the runs are not finished: leave without a word
     print(
         f"{args.model}, batch {args.batch_size} of {args.size} px, {args.pairs} rounds, {torch.get_num_threads()} threads, "
