@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tost_plugins.grid import Cell, Record
 from tost_plugins.report import Plot
-from tost_plugins.studies.base import STRUCTURES, Content, Row, Size, Study, accuracies, cell, on_one_mask
+from tost_plugins.studies.base import BASES, STRUCTURES, Content, Row, Size, Study, accuracies, cell, on_one_mask
 
 _NEVER = "1000000000ba"  # beyond the end of any run
 _SPARSITIES = {
@@ -137,6 +137,7 @@ ghostliness = Study(
     paper=f"{_TOST}, figure 6{_CURVES}",
     plot=Plot("training", "test_accuracy", by="network", xlabel="", ylabel="test accuracy (%)"),
     cells=_ghosts, rows=_with_and_without,
+    base={"cpu": {"data": BASES["cpu"]["data"] | {"validation": 0}}},  # both accuracies on the test images
 )  # fmt: skip
 freeze = Study(
     about="DNW with a structure that moves for N epochs: accuracy and time of a step",
