@@ -64,7 +64,7 @@ _SHARES = {
 }
 _LOOK: dict[str, Row] = {
     "smoke": {"draws": 2, "images": 360, "batches": 2},
-    "cpu": {"draws": 3, "images": 1000, "batches": 10},
+    "cpu": {"draws": 10, "images": 500, "batches": 5},
     "paper": {"draws": 10, "images": 10000, "batches": 100},
 }
 
