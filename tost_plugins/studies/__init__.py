@@ -79,7 +79,7 @@ def run(
     rows = study.rows(records, size)  # type: ignore[arg-type]
     short = summary(rows, study.plot)
     result = {
-        "study": name, "about": study.about, "paper": study.paper, "size": size, "title": _title(records),
+        "study": name, "about": study.about, "paper": study.paper, "size": size, "title": title(records),
         "command": command(name, out, size, changes, seeds), "summary": short, "rows": rows,
         "recipes": {cell.name: cell.recipe.to_dict() for cell in made}, "environment": environment(),
         "seconds": sum(record["seconds"] for record in records),
@@ -98,7 +98,7 @@ def command(name: str, out: Path, size: str, changes: Sequence[str], seeds: int 
     return shlex.join(["tost", "study", name, "--size", size, *count, *sets, "--out", str(out)])
 
 
-def _title(records: Sequence[Mapping[str, Any]]) -> str:
+def title(records: Sequence[Mapping[str, Any]]) -> str:
     """Network, data, length and seeds of the runs, for a figure."""
     if not records:
         return ""
