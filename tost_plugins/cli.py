@@ -37,6 +37,8 @@ app.add_typer(masks_app, name="mask")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(study_app, name="study")
 
+_TABLES = "table2, table3, table4, table5, or table2-cifar100, table2-resnet50, table2-resnet50-cifar100."
+
 RecipeArg = Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")]
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key, like mask.sparsity=0.95 (repeatable).")
@@ -121,7 +123,7 @@ def lottery(
 
 @app.command()
 def reproduce(
-    name: Annotated[str, typer.Argument(metavar="TABLE", help="table2, table3, table4, table5 ... (see --help).")],
+    name: Annotated[str, typer.Argument(metavar="TABLE", help=_TABLES)],
     protocol: Annotated[str, typer.Option(help="full (as published), short (a GPU in minutes) or cpu.")] = "short",
     masks: Annotated[list[str], typer.Option(help="Only these, like random,snip (repeatable).")] = [],  # noqa: B006
     sparsities: Annotated[list[str], typer.Option(help="Only these, in percent, like 95,98.")] = [],  # noqa: B006
