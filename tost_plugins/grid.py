@@ -108,8 +108,8 @@ def outlook(cells: Sequence[Cell], out: str | Path, jobs: int = 1) -> dict[str, 
 def run_cell(cell: Cell, out: Path, listen: Listener | None = None) -> Record | None:
     """Run one cell in this process; its record, or None where another process is running it."""
     folder = out / cell.name
-    with _alone(folder) as alone:
-        if not alone:
+    with alone(folder) as mine:
+        if not mine:
             return None
         if (found := _finished(cell, out)) is not None:
             return found
@@ -165,21 +165,21 @@ def _signs(model: nn.Module, mask: Mask | None) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """One process at a time works in a folder: whether this one may. Another may be that of another machine, or a cell
-    of a grid that was killed, which is still running by itself."""
+def alone(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """One process at a time works in a folder: whether this one may, which `wait` makes sure of. Another may be on
+    another machine, or that of a cell of a grid that was killed, which is still running by itself."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
-        yield _locked(file)  # closing the file, also by dying, lets go of it
+        yield _locked(file, wait)  # closing the file, also by dying, lets go of it
 
 
-def _locked(file: TextIO) -> bool:
+def _locked(file: TextIO, wait: bool) -> bool:
     try:
         import fcntl
     except ImportError:  # Windows: nobody else is kept out
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -274,8 +274,8 @@ def _side_by_side(cells: Sequence[Cell], out: Path, jobs: int, told: _Told) -> N
 
 def _in_a_process(cell: Cell, out: Path, jobs: int, processes: dict[str, subprocess.Popen]) -> Record | None:
     """What `run_cell` returns, in a process that is put into `processes` while it runs."""
-    with _alone(out / cell.name) as alone:
-        if not alone:
+    with alone(out / cell.name) as mine:
+        if not mine:
             return None
     if (found := _finished(cell, out)) is not None:
         return found

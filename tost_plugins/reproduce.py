@@ -225,9 +225,10 @@ def run(
         "left": len(made) - len(records), "recipes": {cell.name: cell.recipe.to_dict() for cell in made},
         "environment": environment(), "seconds": sum(record["seconds"] for record in records),
     }  # fmt: skip
-    write_csv(out / f"{name}.csv", rows)
-    _figure(name, records, rows, ours, out / f"{name}.png")
-    write(out / f"{name}.json", json.dumps(result, indent=1))
+    with grid.alone(out, wait=True):  # all processes end with the last cell
+        write_csv(out / f"{name}.csv", rows)
+        _figure(name, records, rows, ours, out / f"{name}.png")
+        write(out / f"{name}.json", json.dumps(result, indent=1))
     return result
 
 

@@ -84,10 +84,11 @@ def run(
         "recipes": {cell.name: cell.recipe.to_dict() for cell in made}, "environment": environment(),
         "seconds": sum(record["seconds"] for record in records),
     }  # fmt: skip
-    write_csv(out / f"{name}.csv", rows)
-    write_csv(out / f"{name}-summary.csv", short)
-    study_figure(rows, study.plot, f"{name}: {study.about}", result["title"], out / f"{name}.png")
-    write(out / f"{name}.json", json.dumps(result, indent=1))
+    with grid.alone(out, wait=True):  # all processes in a folder end with its last cell
+        write_csv(out / f"{name}.csv", rows)
+        write_csv(out / f"{name}-summary.csv", short)
+        study_figure(rows, study.plot, f"{name}: {study.about}", result["title"], out / f"{name}.png")
+        write(out / f"{name}.json", json.dumps(result, indent=1))
     return result
 
 
