@@ -68,6 +68,23 @@ def tost(*args: object) -> str:
     return result.stdout
 
 
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_run_of_four_steps_stops_and_goes_on(trainer: str, tmp_path: Path) -> None:
+    """0.1dur of four steps is one: ghosts that never trained would have no optimizer state, which Composer misses."""
+    short = recipe(trainer, tweaks=[{"kind": "ghost_skip", "until": "0.1dur"}])
+
+    def stop(event: str, values: dict[str, Any]) -> None:
+        if event == "step" and values["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole = train(short, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train(short, tmp_path / "run", listen=stop)
+    assert train(short, tmp_path / "run", resume=True) == whole
+    left = "model.safetensors"
+    assert (tmp_path / "run" / left).read_bytes() == (tmp_path / "whole" / left).read_bytes()
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """trainer -> the folder of a run that came to its end; it is not to be changed."""

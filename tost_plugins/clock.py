@@ -72,9 +72,11 @@ class Time:
         return time
 
     def steps(self, clock: Clock) -> int:
-        """This time in optimizer steps of that clock's run, rounded to the nearest; raises TostError if unknown."""
+        """This time in optimizer steps of that clock's run, rounded to the nearest, but at least one unless it is 0, so that
+        a tweak also comes by in a run of a few steps; raises TostError if unknown."""
+        at_least = 1 if self.value else 0
         if self.unit == "ba":
-            return round(self.value)
+            return max(at_least, round(self.value))
         scale = clock.total_steps if self.unit == "dur" else clock.steps_per_epoch
         if scale is None:
             name = "total_steps" if self.unit == "dur" else "steps_per_epoch"
@@ -82,7 +84,7 @@ class Time:
                 f"time {str(self)!r}: expected a run of known length, got {name}=None; "
                 f"pass {name}=... or write the time in optimizer steps, like '500ba'"
             )
-        return round(self.value * scale)
+        return max(at_least, round(self.value * scale))
 
     def __str__(self) -> str:
         whole = self.value == int(self.value)

@@ -100,6 +100,7 @@ class Plot:
     ylabel: str = ""
     zero: bool = False  # a line at 0
     chance: str | None = None  # a column with what chance would give: a thin line of its means
+    least: float = 0.0  # the height that the y axis has at least: differences below it are none
 
 
 def summary(rows: Sequence[Mapping[str, Any]], plot: Plot) -> list[dict[str, Any]]:
@@ -191,5 +192,8 @@ def _tidy(axes: Any, plot: Plot) -> None:
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    low, high = axes.get_ylim()
+    if high - low < plot.least:
+        axes.set_ylim(low, low + plot.least)
     if plot.zero:
         axes.axhline(0, color="#444444", linewidth=0.8)

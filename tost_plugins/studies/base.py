@@ -37,7 +37,7 @@ BASES: dict[str, Row] = {
     },
     "cpu": {
         "mask": _SNIP, "tweaks": tweaks(30), "model": "cifar/resnet20", "duration": "4ep", "trainer": "torch",
-        "data": {"name": "cifar10", "limit": 5000, "batch_size": 64}, "precision": "bf16",
+        "data": {"name": "cifar10", "limit": 5000, "validation": 500, "batch_size": 64}, "precision": "bf16",
     },
     "paper": {
         "mask": {"kind": "lottery_ticket", "sparsity": 0.9, "prune": 0.2, "rewind": "0ba"},

@@ -22,7 +22,7 @@ _SPARSITIES = {"smoke": (0.9,), "cpu": (0.8, 0.95), "paper": (0.8, 0.9, 0.95, 0.
 _TICKET: Mapping[str, Row] = {
     "smoke": {"prune": 0.7}, "cpu": {"prune": 0.632}, "paper": {"prune": 0.2},
 }  # fmt: skip
-_DRAWS = {"smoke": 1, "cpu": 2, "paper": 3}  # of new weights for each structure
+_DRAWS = {"smoke": 1, "cpu": 1, "paper": 3}  # of new weights for each structure
 
 
 def _reinit(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
@@ -64,7 +64,7 @@ _SHARES = {
 }
 _LOOK: dict[str, Row] = {
     "smoke": {"draws": 2, "images": 360, "batches": 2},
-    "cpu": {"draws": 3, "images": 1000, "batches": 10},
+    "cpu": {"draws": 10, "images": 500, "batches": 5},
     "paper": {"draws": 10, "images": 10000, "batches": 100},
 }
 
@@ -113,7 +113,7 @@ def _pruned(records: Sequence[Record], size: Size) -> list[Row]:
 _GELDER, _CURVES = "Van Gelder et al., 2020", "; curves only, so compare directions."
 _BASE = {
     "smoke": {"tweaks": []},
-    "cpu": {"tweaks": []},
+    "cpu": {"tweaks": [], "model": "cifar/resnet8"},  # many runs: each method's, and those that follow from it
     "paper": STRUCTURES | {"mask": {"kind": "random", "sparsity": 0.9}},
 }
 reinit = Study(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tost_plugins.grid import Cell, Record
 from tost_plugins.report import Plot
-from tost_plugins.studies.base import STRUCTURES, Content, Row, Size, Study, accuracies, cell, on_one_mask
+from tost_plugins.studies.base import BASES, STRUCTURES, Content, Row, Size, Study, accuracies, cell, on_one_mask
 
 _NEVER = "1000000000ba"  # beyond the end of any run
 _SPARSITIES = {
@@ -50,14 +50,23 @@ def _density(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
 
 
 def _gains(records: Sequence[Record], size: Size) -> list[Row]:
-    """What each tweak alone adds to the accuracy at its sparsity and seed, in points."""
+    """What each training adds to the accuracy of the plain one on the same mask, in points."""
     found = accuracies(records, size)
-    plain = {(r["sparsity"], r["seed"]): r["test_accuracy"] for r in found if r["training"] == "plain"}
+    plain = {(r.get("sparsity"), r["seed"]): r["test_accuracy"] for r in found if r["training"] == "plain"}
     return [
-        {**row, "gain": row["test_accuracy"] - plain[row["sparsity"], row["seed"]]}
+        {**row, "gain": row["test_accuracy"] - plain[row.get("sparsity"), row["seed"]]}
         for row in found
         if row["training"] != "plain"
     ]
+
+
+def _accuracies_and_gains(records: Sequence[Record], size: Size) -> list[Row]:
+    """Both, since seeds differ by more than tweaks do: gains are paired, seed by seed."""
+    found = [("test accuracy (%)", row, row.pop("test_accuracy")) for row in accuracies(records, size)]
+    for row in _gains(records, size):
+        del row["test_accuracy"]
+        found.append(("gain over plain (points)", row, row.pop("gain")))
+    return [{**row, "quantity": quantity, "value": value} for quantity, row, value in found]
 
 
 def _ghosts(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
@@ -117,14 +126,14 @@ ablation = Study(
     about="each tweak alone and all together, on the same masks and seeds",
     paper=f"{_TOST}, table 4 (ResNet-18, CIFAR-100, lottery tickets): at 90 % 71.12 plain, 72.17 ghost_skip, 72.03 "
     "soft_activation, 71.83 rescaled_init, 71.93 label_smoothing, 73.23 all.",
-    plot=Plot("training", "test_accuracy", xlabel="", ylabel="test accuracy (%)"),
-    cells=_ablation, rows=accuracies,
+    plot=Plot("training", "value", panel="quantity"),
+    cells=_ablation, rows=_accuracies_and_gains,
 )  # fmt: skip
 sparsity_sweep = Study(
     about="with and without the tweaks, from dense to very sparse",
     paper=f"{_TOST}, figure 7 (20 to 97 %){_CURVES}",
-    plot=Plot("sparsity", "test_accuracy", by="training", xlabel="sparsity", ylabel="test accuracy (%)"),
-    cells=_sweep, rows=accuracies,
+    plot=Plot("sparsity", "value", by="training", panel="quantity", xlabel="sparsity"),
+    cells=_sweep, rows=_accuracies_and_gains,
 )  # fmt: skip
 density_benefit = Study(
     about="what ghost skips and soft activations add at each density",
@@ -138,6 +147,7 @@ ghostliness = Study(
     paper=f"{_TOST}, figure 6{_CURVES}",
     plot=Plot("training", "test_accuracy", by="network", xlabel="", ylabel="test accuracy (%)"),
     cells=_ghosts, rows=_with_and_without,
+    base={"cpu": {"data": BASES["cpu"]["data"] | {"validation": 0}}},  # both accuracies on the test images
 )  # fmt: skip
 freeze = Study(
     about="DNW with a structure that moves for N epochs: accuracy and time of a step",

@@ -124,7 +124,7 @@ _BASE = {"smoke": {"tweaks": []}, "cpu": {"tweaks": []}, "paper": STRUCTURES}
 in_degree = Study(
     about="in-degrees of every unit along the training, against a random mask's binomial; dead units",
     paper=f"{_GELDER}, figure 3 (ResNet-18, CIFAR-10){_CURVES}",
-    plot=Plot("epoch", "value", by="method", panel="quantity", xlabel="epoch", chance="binomial"),
+    plot=Plot("epoch", "value", by="method", panel="quantity", xlabel="epoch", chance="binomial", least=1),
     cells=_structures("in_degree"), rows=_connections, base=_BASE,
 )  # fmt: skip
 emergence = Study(
