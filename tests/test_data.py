@@ -78,6 +78,17 @@ def test_normalised_float_batches() -> None:
     torch.testing.assert_close(images.view(2, 2), torch.tensor([[-2.0, -1.2], [2.0, 2.0]]))
 
 
+@pytest.mark.gpu
+def test_a_gpu_makes_the_batches_of_the_cpu() -> None:
+    options = {"augment": Augment(1, True), "mean": (0.3,), "std": (0.2,)}
+    split = numbered(70, side=4)
+    for (here, targets), (there, others) in zip(
+        loader(split, 16, **options), loader(split.to("cuda"), 16, **options), strict=True
+    ):
+        assert there.is_cuda and others.is_cuda and others.tolist() == targets.tolist()
+        torch.testing.assert_close(there.cpu(), here)
+
+
 def test_the_split_is_left_alone() -> None:
     split = numbered(6, side=4)
     before = split.images.clone()

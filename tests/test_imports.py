@@ -28,6 +28,7 @@ LAYERS = [
     {"lottery"},
     {"grid"},
     {"compare", "studies"},
+    {"reproduce"},
     {"cli"},
     {"__main__"},
 ]

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {f"tost_plugins/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
 MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "tost_plugins").rglob("*.py")}
 MODULES |= {f"tost_plugins/adapters/{path.name}" for path in (ROOT / "adapters").glob("*.py")}
+PUBLISHED = {f"tost_plugins/published/{path.name}" for path in (ROOT / "tost_plugins" / "published").glob("*.csv")}
 
 # Read in an environment that has the package, from a folder that is not the checkout.
 LOOK = """
@@ -97,7 +98,7 @@ def test_wheel_through_sdist(tree: Path, tmp_path: Path) -> None:
     wheel = build("wheel", tmp_path / sdist.name.removesuffix(".tar.gz"), tmp_path / "wheel")
 
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert names >= MODULES | RECIPES
+    assert names >= MODULES | RECIPES | PUBLISHED and len(PUBLISHED) == 2
     assert {name.split("/")[0] for name in names} == {"tost_plugins", "tost_plugins-0.1.0.dist-info"}
     assert any(name.endswith("/LICENSE") for name in names)
 

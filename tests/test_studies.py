@@ -254,6 +254,29 @@ def test_side_by_side_gives_what_one_after_another_gives(tmp_path: Path) -> None
         assert (a["folder"] / "model.safetensors").read_bytes() == (b["folder"] / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_cell_that_another_process_runs_is_left_for_later(jobs: int, tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    cells = studies.cells("reinit", "smoke", TINY, 1)
+    parent, child, other = (
+        next(cell for cell in cells if start in cell.name)
+        for start in ("dnw-0.9-seed", "dnw-0.9-its_own_first_weights", "rigl-0.9-seed")
+    )
+    (tmp_path / parent.name).mkdir()
+    order = []
+    with (tmp_path / parent.name / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another process would
+
+        def listen(event: str, values: dict[str, Any]) -> None:
+            if event == "cell":
+                order.append(values["name"])
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+        records = grid.run([parent, child, other], tmp_path, jobs, listen=listen)
+    assert order == [other.name, parent.name, child.name]
+    assert [record["name"] for record in records] == [parent.name, child.name, other.name]
+
+
 def test_a_ticket_is_found_once_and_then_trained_with_every_tweak(tmp_path: Path) -> None:
     ticket = ["mask={kind: lottery_ticket, sparsity: 0.9, prune: 0.7, on_collapse: keep_one}", "duration=2ba"]
     cells = studies.cells("ablation", "smoke", [*TINY, *ticket], 1)

@@ -37,6 +37,8 @@ app.add_typer(masks_app, name="mask")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(study_app, name="study")
 
+_TABLES = "table2, table3, table4, table5, or table2-cifar100, table2-resnet50, table2-resnet50-cifar100."
+
 RecipeArg = Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")]
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key, like mask.sparsity=0.95 (repeatable).")
@@ -117,6 +119,39 @@ def lottery(
     shown = [{**row, "sparsity": f"{row['sparsity']:.4f}", "kept_weights": f"{row['kept_weights']:,}"} for row in rows]
     out.print(report.table("lottery tickets, round by round (accuracy in %)", shown))
     out.print(f"masks: {out_dir}/round-*/mask.safetensors   table: {out_dir}/lottery.csv", highlight=False)
+
+
+@app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(metavar="TABLE", help=_TABLES)],
+    protocol: Annotated[str, typer.Option(help="full (as published), short (a GPU in minutes) or cpu.")] = "short",
+    masks: Annotated[list[str], typer.Option(help="Only these, like random,snip (repeatable).")] = [],  # noqa: B006
+    sparsities: Annotated[list[str], typer.Option(help="Only these, in percent, like 95,98.")] = [],  # noqa: B006
+    seeds: Annotated[int, typer.Option(help="How many seeds, from the recipe's on.")] = 3,
+    jobs: JobsOption = 1,
+    set_: SetOption = [],  # noqa: B006
+    out_dir: Annotated[Path | None, typer.Option("--out", help="The folder; default: runs/TABLE-PROTOCOL.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many runs there are, and train nothing.")] = False,
+    finished: Annotated[bool, typer.Option("--finished", help="Show what is done so far, and train nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a table of the ToST paper and print ours beside the published numbers; what was stopped goes on by itself."""
+    from tost_plugins import reproduce as tables
+    from tost_plugins.report import table
+
+    folder = out_dir or Path(f"runs/{name}-{protocol}")
+    chosen = (protocol, tables.listed(masks), tables.percents(sparsities), set_, seeds)
+    if dry_run:
+        plan = tables.plan(tables.cells(name, *chosen), folder, jobs)
+        return _print_json(plan) if as_json else out.print(_outlook(plan), highlight=False)
+    with _progress(as_json) as listen:
+        result = tables.run(name, folder, *chosen, jobs, listen, train=not finished)
+    if as_json:
+        return _print_json({key: result[key] for key in ("study", "about", "title", "paper", "left", "summary")})
+    out.print(table(f"{result['about']}: test accuracy (%), mean (std over seeds)", tables.shown(result["summary"])))
+    for line in tables.notes(result):
+        out.print(line, highlight=False)
+    out.print(f"picture: {folder}/{name}.png   table: {folder}/{name}.csv, {name}.json", highlight=False)
 
 
 @app.command()
@@ -279,7 +314,9 @@ def main() -> None:
         from tost_plugins.train import Stopped
 
         if isinstance(error, Stopped):
-            Console(stderr=True).print(f"{error}; the same command with --resume goes on", highlight=False)
+            Console(stderr=True).print(
+                f"{error}; the same command goes on (train, compare, lottery: with --resume)", highlight=False
+            )
             sys.exit(130)
         if isinstance(error, TostError):
             print(f"tost: {error}", file=sys.stderr)
@@ -295,7 +332,12 @@ def _recipe(name: str, changes: list[str]) -> Recipe:
 
 def _outlook(plan: dict[str, Any]) -> str:
     time = "how long is known after the first" if plan["seconds"] is None else f"about {_duration(plan['seconds'])}"
-    return f"{plan['cells']} runs, {plan['left']} left: {time if plan['left'] else 'nothing to do'}"
+    rounds = (
+        f" ({plan['trainings']} trainings with the rounds of tickets)"
+        if plan.get("trainings", 0) > plan["cells"]
+        else ""
+    )
+    return f"{plan['cells']} runs{rounds}, {plan['left']} left: {time if plan['left'] else 'nothing to do'}"
 
 
 def _duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ Images are held as one uint8 tensor per split, so that a batch is an index, a cr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,10 @@ class Split:
         """The images at these positions, in this order."""
         return Split(self.images[indices], self.labels[indices])
 
+    def to(self, device: torch.device | str) -> Split:
+        """The same images and labels on a device, which then makes the batches."""
+        return Split(self.images.to(device), self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -64,9 +68,9 @@ class Augment:
         count, channels, height, width = images.shape
         padded = F.pad(images, (self.padding,) * 4)
         top, left, mirrored = choices[:, :1], choices[:, 1:2], choices[:, 2:]
-        columns = torch.arange(width).expand(count, width)
+        columns = torch.arange(width, device=images.device).expand(count, width)
         columns = left + torch.where(mirrored == 1, columns.flip(1), columns)
-        rows = top + torch.arange(height)
+        rows = top + torch.arange(height, device=images.device)
         # One gather crops and mirrors at once: half the time of a crop and then torch.where over the pixels.
         flat = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(count, 1, -1)
         return padded.flatten(2).gather(2, flat.expand(-1, channels, -1)).view(images.shape)
@@ -93,6 +97,11 @@ class Data:
         """Number of classes; labels are 0..classes-1."""
         return len(self.class_names)
 
+    def to(self, device: torch.device | str) -> Data:
+        """The same data with all splits on a device."""
+        splits = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
+        return replace(self, **splits)
+
 
 class Loader:
     """Batches of a split, the same ones whenever the seed and the epoch are the same.
@@ -100,7 +109,8 @@ class Loader:
     Iterating yields `(images, labels)`: float32 `(N, C, H, W)`, normalised by `mean` and `std` (0..1 scale,
     one value per channel), and int64 `(N,)`. It can be iterated any number of times and changes nothing: the
     order depends on `(seed, epoch)` alone, the augmentation of batch i on `(seed, epoch, i)` alone, and the
-    global random state is neither read nor moved. Only `set_epoch` moves to another epoch.
+    global random state is neither read nor moved. Only `set_epoch` moves to another epoch. All is drawn on the CPU,
+    the same for every device; the batches are made on that of the split.
 
     `batch_size` counts the images of all ranks together: rank r of `world` gets `batch[r::world]` of the very
     batches that a single rank would get whole. Without shuffling, a short last batch may be empty on the last
@@ -134,8 +144,9 @@ class Loader:
         self._check(len(mean), len(std))
         # (x / 255 - mean) / std as one multiply-add
         inverse = 1 / torch.tensor(std, dtype=torch.float64).view(1, -1, 1, 1)
-        self._scale = (inverse / 255).float()
-        self._shift = (-torch.tensor(mean, dtype=torch.float64).view(1, -1, 1, 1) * inverse).float()
+        device = split.images.device
+        self._scale = (inverse / 255).float().to(device)
+        self._shift = (-torch.tensor(mean, dtype=torch.float64).view(1, -1, 1, 1) * inverse).float().to(device)
 
     def __len__(self) -> int:
         """Number of batches in an epoch, the same on every rank."""
@@ -163,16 +174,17 @@ class Loader:
         order = torch.arange(len(self.dataset))
         if self.shuffle:
             order = torch.randperm(len(order), generator=generator(self.seed, epoch))
-        mine = slice(self.rank, None, self.world)
+        mine, device = slice(self.rank, None, self.world), self.dataset.images.device
         for number in range(start, len(self)):
             batch = order[number * self.batch_size : (number + 1) * self.batch_size]
-            images = self.dataset.images[batch[mine]]
+            here = batch[mine].to(device)
+            images = self.dataset.images[here]
             if self.augment is not None:
                 # Drawn for the images of all ranks, so that any number of ranks together see the same.
                 choices = self.augment.draw(len(batch), generator(self.seed, epoch, number))
-                images = self.augment.apply(images, choices[mine])
+                images = self.augment.apply(images, choices[mine].to(device))
             images = images.float().contiguous(memory_format=torch.channels_last)  # convolutions are faster so
-            yield images.mul_(self._scale).add_(self._shift), self.dataset.labels[batch[mine]]
+            yield images.mul_(self._scale).add_(self._shift), self.dataset.labels[here]
 
     def _check(self, means: int, stds: int) -> None:
         count, channels = len(self.dataset), self.dataset.images.shape[1]

@@ -11,11 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
@@ -32,6 +32,9 @@ from tost_plugins.study.reinit import constant_sign, shuffled
 from tost_plugins.train import Listener, Stopped, check_out, train
 
 Record = dict[str, Any]
+
+_BUSY = 75  # the exit status of a cell's process that found another one at it
+_PAUSE = 1.0  # seconds between two looks at cells that other processes are running
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ def run(
     `folder` (of the run, or of the last round), `seconds` (of the last go) and `step_seconds`. After each cell
     `listen("cell", {...})` is called. Without `resume` a folder that holds a run is an error; so is, always, one
     that holds another recipe's. Raises Stopped after Ctrl-C, when all that was running has written its checkpoint.
+
+    Several processes, on several machines, may run the same cells in one folder: each leaves a cell that another is
+    running for later, and all return every record.
     """
     out, listen = Path(out), listen or (lambda event, values: None)
     if jobs < 1:
@@ -80,9 +86,16 @@ def run(
     records = [_finished(cell, out) for cell in cells]
     left = [cell for cell, record in zip(cells, records, strict=True) if record is None]
     told = _Told(listen, len(cells), len(left), jobs)
-    for _ in _side_by_side(left, out, jobs, told) if jobs > 1 else (told(run_cell(c, out, listen)) for c in left):
-        pass
-    return [record for cell in cells if (record := _finished(cell, out)) is not None]
+    if jobs > 1:
+        _side_by_side(left, out, jobs, told)
+    else:
+        _one_after_another(left, out, listen, told)
+    return finished(cells, out)
+
+
+def finished(cells: Sequence[Cell], out: str | Path) -> list[Record]:
+    """The records of the cells that are done, in order."""
+    return [record for cell in cells if (record := _finished(cell, Path(out))) is not None]
 
 
 def outlook(cells: Sequence[Cell], out: str | Path, jobs: int = 1) -> dict[str, Any]:
@@ -92,10 +105,12 @@ def outlook(cells: Sequence[Cell], out: str | Path, jobs: int = 1) -> dict[str, 
     return {"cells": len(cells), "left": left, "seconds": statistics.mean(took) * left / jobs if took else None}
 
 
-def run_cell(cell: Cell, out: Path, listen: Listener | None = None) -> Record:
-    """Run one cell in this process, or wait for the process that does; its record."""
+def run_cell(cell: Cell, out: Path, listen: Listener | None = None) -> Record | None:
+    """Run one cell in this process; its record, or None where another process is running it."""
     folder = out / cell.name
-    with _alone(folder):
+    with alone(folder) as mine:
+        if not mine:
+            return None
         if (found := _finished(cell, out)) is not None:
             return found
         watch, mask = _Stopwatch(listen), _structure(cell, out)
@@ -150,17 +165,24 @@ def _signs(model: nn.Module, mask: Mask | None) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time works in a folder: the cell of a grid that was killed may still be running by itself."""
+def alone(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """One process at a time works in a folder: whether this one may, which `wait` makes sure of. Another may be on
+    another machine, or that of a cell of a grid that was killed, which is still running by itself."""
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        yield _locked(file, wait)  # closing the file, also by dying, lets go of it
+
+
+def _locked(file: TextIO, wait: bool) -> bool:
     try:
         import fcntl
     except ImportError:  # Windows: nobody else is kept out
-        yield
-        return
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class _Stopwatch:
@@ -200,37 +222,49 @@ class _Told:
         self.listen("cell", {"name": record["name"], "seconds": record["seconds"], **place})
 
 
-def _side_by_side(cells: Sequence[Cell], out: Path, jobs: int, told: _Told) -> Iterator[None]:
-    """Each cell in a process of its own, which is asked once to stop at Ctrl-C, and then writes its checkpoint."""
-    running: dict[str, subprocess.Popen] = {}
-    futures: dict[str, Future] = {}
+def _one_after_another(cells: Sequence[Cell], out: Path, listen: Listener, told: _Told) -> None:
+    """All cells in this process, those first that no other one is running."""
+    left = {cell.name: cell for cell in cells}
+    while left:
+        before = len(left)
+        for cell in list(left.values()):
+            record = None if cell.parent in left else run_cell(cell, out, listen)
+            if record is not None:
+                del left[cell.name]
+                told(record)
+        if len(left) == before:
+            time.sleep(_PAUSE)
 
-    def one(cell: Cell) -> Record:
-        if cell.parent in futures:
-            futures[cell.parent].result()  # it stands before this one in the queue, so it is running or done
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))
-        process = running[cell.name] = subprocess.Popen(
-            [sys.executable, "-m", "tost_plugins.grid", str(out)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, env={"OMP_NUM_THREADS": threads, **os.environ}, start_new_session=True,
-        )  # fmt: skip
-        said = process.communicate(pickle.dumps(cell))[1].decode(errors="replace").strip()
-        if process.returncode == 130:
-            raise Stopped(f"stopped in {cell.name}")
-        if process.returncode:
-            raise TostError(said.rpartition("\n")[2] or f"{cell.name}: its process ended with {process.returncode}")
-        record = _finished(cell, out)
-        assert record is not None
+
+def _side_by_side(cells: Sequence[Cell], out: Path, jobs: int, told: _Told) -> None:
+    """Each cell in a process of its own, which is asked once to stop at Ctrl-C, and then writes its checkpoint."""
+    left = {cell.name: cell for cell in cells}
+    futures: dict[Future[Record | None], Cell] = {}
+    processes: dict[str, subprocess.Popen] = {}
+
+    def one(cell: Cell) -> Record | None:
+        record = _in_a_process(cell, out, jobs, processes)
+        if record is None:
+            time.sleep(_PAUSE)
         return record
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            for cell in cells:
-                futures[cell.name] = pool.submit(one, cell)
-            for future in futures.values():
-                yield told(future.result())
+            while left:
+                running = {cell.name for cell in futures.values()}
+                ready = [cell for cell in left.values() if cell.name not in running and cell.parent not in left]
+                for cell in ready[: jobs - len(futures)]:
+                    futures[pool.submit(one, cell)] = cell
+                for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                    cell, record = futures.pop(future), future.result()
+                    del left[cell.name]
+                    if record is None:
+                        left[cell.name] = cell  # again, after the others
+                    else:
+                        told(record)
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in running.values():
+            for process in processes.values():
                 if process.poll() is None:
                     process.send_signal(signal.SIGINT)
             if isinstance(error, KeyboardInterrupt):
@@ -238,10 +272,33 @@ def _side_by_side(cells: Sequence[Cell], out: Path, jobs: int, told: _Told) -> I
             raise
 
 
+def _in_a_process(cell: Cell, out: Path, jobs: int, processes: dict[str, subprocess.Popen]) -> Record | None:
+    """What `run_cell` returns, in a process that is put into `processes` while it runs."""
+    with alone(out / cell.name) as mine:
+        if not mine:
+            return None
+    if (found := _finished(cell, out)) is not None:
+        return found
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    process = processes[cell.name] = subprocess.Popen(
+        [sys.executable, "-m", "tost_plugins.grid", str(out)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, env={"OMP_NUM_THREADS": threads, **os.environ}, start_new_session=True,
+    )  # fmt: skip
+    said = process.communicate(pickle.dumps(cell))[1].decode(errors="replace").strip()
+    if process.returncode == _BUSY:
+        return None
+    if process.returncode == 130:
+        raise Stopped(f"stopped in {cell.name}")
+    if process.returncode:
+        raise TostError(said.rpartition("\n")[2] or f"{cell.name}: its process ended with {process.returncode}")
+    return _finished(cell, out)
+
+
 def _serve() -> None:
     """A cell's own process: the cell comes in as a pickle from the process that started it."""
     try:
-        run_cell(pickle.load(sys.stdin.buffer), Path(sys.argv[1]))
+        if run_cell(pickle.load(sys.stdin.buffer), Path(sys.argv[1])) is None:
+            sys.exit(_BUSY)
     except (Stopped, KeyboardInterrupt):
         sys.exit(130)
     except TostError as error:

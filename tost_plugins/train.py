@@ -214,6 +214,8 @@ def prepare(recipe: Recipe, out: Path, mask: Mask | None = None, listen: Listene
     channels = loaded.train.images.shape[1]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = models.build(recipe.model, loaded.classes, channels).to(device)
+    if recipe.trainer == "torch":  # the others move batches themselves
+        loaded = loaded.to(device)
     loader = data.Loader(
         loaded.train, recipe.data.batch_size, seed=recipe.seed, shuffle=True, augment=loaded.augment,
         mean=loaded.mean, std=loaded.std,

@@ -79,15 +79,16 @@ def run(
     rows = study.rows(records, size)  # type: ignore[arg-type]
     short = summary(rows, study.plot)
     result = {
-        "study": name, "about": study.about, "paper": study.paper, "size": size, "title": _title(records),
+        "study": name, "about": study.about, "paper": study.paper, "size": size, "title": title(records),
         "command": command(name, out, size, changes, seeds), "summary": short, "rows": rows,
         "recipes": {cell.name: cell.recipe.to_dict() for cell in made}, "environment": environment(),
         "seconds": sum(record["seconds"] for record in records),
     }  # fmt: skip
-    write_csv(out / f"{name}.csv", rows)
-    write_csv(out / f"{name}-summary.csv", short)
-    study_figure(rows, study.plot, f"{name}: {study.about}", result["title"], out / f"{name}.png")
-    write(out / f"{name}.json", json.dumps(result, indent=1))
+    with grid.alone(out, wait=True):  # all processes in a folder end with its last cell
+        write_csv(out / f"{name}.csv", rows)
+        write_csv(out / f"{name}-summary.csv", short)
+        study_figure(rows, study.plot, f"{name}: {study.about}", result["title"], out / f"{name}.png")
+        write(out / f"{name}.json", json.dumps(result, indent=1))
     return result
 
 
@@ -98,7 +99,7 @@ def command(name: str, out: Path, size: str, changes: Sequence[str], seeds: int 
     return shlex.join(["tost", "study", name, "--size", size, *count, *sets, "--out", str(out)])
 
 
-def _title(records: Sequence[Mapping[str, Any]]) -> str:
+def title(records: Sequence[Mapping[str, Any]]) -> str:
     """Network, data, length and seeds of the runs, for a figure."""
     if not records:
         return ""

@@ -17,12 +17,13 @@ _SPARSITIES = {
 _DENSITIES = {"smoke": (0.0, 0.95), "cpu": (0.0, 0.2, 0.75, 0.95), "paper": (0.0, 0.2, 0.75, 0.95)}
 
 
-def _alone(content: Content) -> dict[str, Row]:
+def alone(content: Content) -> dict[str, Row]:
+    """Each tweak of a recipe by its kind, as the change that leaves the others out."""
     return {tweak["kind"]: {"tweaks": [tweak]} for tweak in content["tweaks"]}
 
 
 def _ablation(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
-    return on_one_mask(content, seeds, "", {"plain": {"tweaks": []}, **_alone(content), "all": {}}, {})
+    return on_one_mask(content, seeds, "", {"plain": {"tweaks": []}, **alone(content), "all": {}}, {})
 
 
 def _sweep(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
@@ -39,7 +40,7 @@ def _density(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
     made: list[Cell] = []
     chosen = {
         "plain": {"tweaks": []},
-        **{k: v for k, v in _alone(content).items() if k in ("ghost_skip", "soft_activation")},
+        **{k: v for k, v in alone(content).items() if k in ("ghost_skip", "soft_activation")},
     }
     for sparsity in _DENSITIES[size]:
         mask = {**content["mask"], "sparsity": sparsity} if sparsity else {"kind": "random", "sparsity": 0}
