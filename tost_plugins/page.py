@@ -24,7 +24,9 @@ h1 { font-size: 1.7rem; margin: 0 0 .5rem; } h2 { font-size: 1.25rem; margin: 0 
 nav ul { columns: 15rem; padding-left: 1.2rem; margin: 1rem 0 0; }
 a { color: inherit; } p { margin: .35rem 0; } .soft { color: var(--soft); }
 section { border-top: 1px solid var(--line); padding-top: 1.5rem; margin-top: 2.5rem; }
-img { display: block; max-width: 100%; height: auto; margin: 1rem auto; background: #ffffff; border-radius: 4px; }
+figure { margin: 1rem 0; overflow-x: auto; } /* on a narrow screen a figure scrolls, since its text would be too small */
+img { display: block; max-width: 100%; min-width: 34rem; height: auto; margin: 0 auto; background: #ffffff;
+      border-radius: 4px; }
 .wide { overflow-x: auto; max-height: 30rem; overflow-y: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -87,7 +89,8 @@ def _section(number: int, path: Path, result: Mapping[str, Any]) -> str:
     )
     return (
         f'<section id="study-{number}"><h2>{escape(_name(result))}</h2><p>{sentence}</p>'
-        f'<p class="soft">{escape(runs)}</p><img src="data:image/png;base64,{image}" alt="{escape(about, quote=True)}">'
+        f'<p class="soft">{escape(runs)}</p>'
+        f'<figure><img src="data:image/png;base64,{image}" alt="{escape(about, quote=True)}"></figure>'
         f"<p>The paper: {escape(result['paper'])}</p><details><summary>Table of means</summary>{_table(result['summary'])}"
         f"</details><code>{escape(result['command'])}</code></section>"
     )
