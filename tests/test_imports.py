@@ -28,7 +28,7 @@ LAYERS = [
     {"lottery"},
     {"grid"},
     {"compare", "studies"},
-    {"reproduce"},
+    {"reproduce", "progress"},
     {"cli"},
     {"__main__"},
 ]

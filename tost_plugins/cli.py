@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +11,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from tost_plugins.progress import duration, progress
+
 if TYPE_CHECKING:
     from tost_plugins.recipe import Recipe
-    from tost_plugins.train import Listener
 
 app = typer.Typer(help="Sparse training that works: masks, ToST's tweaks, recipes.", no_args_is_help=True,
                   add_completion=False, pretty_exceptions_enable=False)  # fmt: skip
@@ -62,7 +61,7 @@ def train(
     from tost_plugins.train import train as run
 
     content = _recipe(recipe, set_)
-    with _progress(as_json) as listen:
+    with progress(as_json) as listen:
         result = run(content, out_dir, resume, listen=listen)
     if as_json:
         return _print_json(result)
@@ -88,7 +87,7 @@ def compare(
     from tost_plugins.compare import compare as run
 
     content = _recipe(recipe, set_)
-    with _progress(as_json) as listen:
+    with progress(as_json) as listen:
         result = run(content, out_dir, seeds, resume, listen, jobs)
     rows = report.comparison_rows(result)
     report.write_csv(out_dir / "comparison.csv", rows)
@@ -112,7 +111,7 @@ def lottery(
     from tost_plugins.lottery import lottery as run
 
     content = _recipe(recipe, set_)
-    with _progress(as_json) as listen:
+    with progress(as_json) as listen:
         rows = run(content, out_dir, resume, listen)
     if as_json:
         return _print_json({"rows": rows})
@@ -144,7 +143,7 @@ def reproduce(
     if dry_run:
         plan = tables.plan(tables.cells(name, *chosen), folder, jobs)
         return _print_json(plan) if as_json else out.print(_outlook(plan), highlight=False)
-    with _progress(as_json) as listen:
+    with progress(as_json) as listen:
         result = tables.run(name, folder, *chosen, jobs, listen, train=not finished)
     if as_json:
         return _print_json({key: result[key] for key in ("study", "about", "title", "paper", "left", "summary")})
@@ -263,7 +262,7 @@ def study_run(
     if dry_run:
         plan = grid.outlook(studies.cells(name, size, set_, seeds), folder, jobs)
         return _print_json(plan) if as_json else out.print(_outlook(plan), highlight=False)
-    with _progress(as_json) as listen:
+    with progress(as_json) as listen:
         result = studies.run(name, folder, size, set_, seeds, jobs, listen)
     if as_json:
         return _print_json({key: result[key] for key in ("study", "title", "summary")})
@@ -331,23 +330,13 @@ def _recipe(name: str, changes: list[str]) -> Recipe:
 
 
 def _outlook(plan: dict[str, Any]) -> str:
-    time = "how long is known after the first" if plan["seconds"] is None else f"about {_duration(plan['seconds'])}"
+    time = "how long is known after the first" if plan["seconds"] is None else f"about {duration(plan['seconds'])}"
     rounds = (
         f" ({plan['trainings']} trainings with the rounds of tickets)"
         if plan.get("trainings", 0) > plan["cells"]
         else ""
     )
     return f"{plan['cells']} runs{rounds}, {plan['left']} left: {time if plan['left'] else 'nothing to do'}"
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
 
 
 def _print_json(value: Any) -> None:
@@ -363,46 +352,3 @@ def _show_mask(mask: Any, path: Path, as_json: bool) -> None:
         return _print_json({"path": str(path), "sparsity": mask.sparsity, "kept": mask.kept, "size": mask.size,
                             "layers": rows})  # fmt: skip
     out.print(table(f"{path}: {mask.kept:,} of {mask.size:,} weights kept, sparsity {mask.sparsity:.4f}", rows))
-
-
-@contextmanager
-def _progress(silent: bool) -> Iterator[Listener | None]:
-    """A progress bar on stderr that follows the steps of one run after another, and a line for each epoch."""
-    if silent:
-        yield None
-        return
-    from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from tost_plugins.errors import one_line
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def listen(event: str, values: dict[str, Any]) -> None:
-            if event == "run":
-                name = one_line(values["name"])  # a recipe's own text: neither markup nor codes of a terminal
-                bar.console.print(
-                    f"{name}: {values['model']} on {values['data']}, {values['total']} steps, {values['trainer']}",
-                    highlight=False,
-                    markup=False,
-                )
-                bar.reset(task, total=values["total"], description=escape(name))
-            elif event == "step":
-                bar.update(task, completed=values["step"], total=values["total"])
-            elif event == "cell":
-                left = f", about {_duration(values['seconds_left'])} left" if values["done"] < values["total"] else ""
-                text = f"{values['done']} of {values['total']}: {values['name']}, {_duration(values['seconds'])}{left}"
-                bar.console.print(text, highlight=False)
-                bar.update(task, description="", completed=0)
-            elif event == "round":
-                shown = {
-                    key: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for key, value in values.items()
-                }
-                text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
-                bar.console.print(text, highlight=False)
-            elif event == "epoch":
-                bar.update(task, description=f"epoch {values['epoch']:g}  accuracy {values['accuracy']:.2f}")
-
-        yield listen
