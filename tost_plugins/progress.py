@@ -56,10 +56,6 @@ def progress(silent: bool) -> Iterator[Listener | None]:
 
 def duration(seconds: float) -> str:
     """Seconds in the unit that a person would take."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
