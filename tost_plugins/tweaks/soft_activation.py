@@ -144,9 +144,10 @@ class SoftActivation(Tweak):
                 module.tost_live = live
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        first = next((module for module in _softened(model) if module.tost_live), None)
-        beta = self.beta[1] if first is None else float(first.tost_beta)  # type: ignore[arg-type]
-        return {"tost/soft_activation/beta": beta, "tost/soft_activation/active": float(first is not None)}
+        first = next(_walk(model), None)  # they are all alike
+        live = first is not None and bool(first.tost_live)
+        beta = float(first.tost_beta) if first is not None and live else self.beta[1]  # type: ignore[arg-type]
+        return {"tost/soft_activation/beta": beta, "tost/soft_activation/active": float(live)}
 
 
 def _is_relu(module: nn.Module) -> bool:
