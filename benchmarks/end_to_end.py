@@ -37,12 +37,12 @@ RATIOS = [
 def measure(small: bool) -> Iterator[Row]:
     """The rows of all cases."""
     with tempfile.TemporaryDirectory() as folder:
-        images = _images(Path(folder) / "images", 20 if small else 200)
+        images = _images(Path(folder) / "images", 20 if small else 100)
         spec = {"model": "cifar/resnet8", "data": {"name": "digits"}, "duration": "1ep" if small else "5ep"}
         yield from _runs("1,437 digits of 8 px", spec, 2 if small else 15, Path(folder))
         data = {"name": "folder", "path": str(images), "image_size": 32, "batch_size": 64}
         spec = {"model": "cifar/resnet8" if small else "cifar/resnet20", "data": data, "duration": "2ep"}
-        yield from _runs(f"{200 if small else 2000} images of 32 px", spec, 2 if small else 15, Path(folder))
+        yield from _runs(f"{200 if small else 1000} images of 32 px", spec, 2 if small else 15, Path(folder))
 
 
 def _runs(case: str, spec: dict[str, Any], count: int, folder: Path) -> Iterator[Row]:

@@ -22,7 +22,7 @@ TITLE = "Finding a mask, and the rescaled initialisation"
 ABOUT = """
 "plain" is the formula of the paper and nothing else (`benchmarks/plain.py`): it checks nothing, and uses the model up. The pass
 is one forward and backward of the same batch: 100 images of 32 px for SNIP and GraSP, else 40. SynFlow is timed with 4 rounds,
-and once with its 100; the rescaled initialisation with 2 of its 180 iterations, of which each is as long as another. Memory is
+and once with its 100; the rescaled initialisation with 1 of its 180 iterations, of which each is as long as another. Memory is
 the most that a fresh process uses above what it had with network and batch in place.
 """
 
@@ -35,7 +35,7 @@ RATIOS = [
     Ratio("plain: memory, in passes", "plain", "pass", unit="B"),
     Ratio("memory, to the plain one's", "ours", "plain", most=1.3, unit="B"),
 ]
-_DENSITY, _SHAPE, _ITERATIONS, _PER_CLASS = 0.1, (3, 32, 32), 2, 10
+_DENSITY, _SHAPE, _ITERATIONS, _PER_CLASS = 0.1, (3, 32, 32), 1, 10
 
 
 def measure(small: bool) -> Iterator[Row]:
@@ -44,7 +44,9 @@ def measure(small: bool) -> Iterator[Row]:
     for name, method in itertools.product(names, METHODS):
         short = name.rpartition("/")[2]
         contenders = {who: contender(who, method, name, 4) for who in ("pass", "plain", "ours")}
-        yield from timed(f"{short}, {method}" + (" (4 rounds)" if method == "synflow" else ""), contenders, count)
+        yield from timed(
+            f"{short}, {method}" + (" (4 rounds)" if method == "synflow" else ""), contenders, count, warm_up=1
+        )
         case = f"{short}, {method}" + (" (100 rounds)" if method == "synflow" else "")
         for who in ("pass", "plain", "ours"):
             found = alone("finding.py", who, method, name, "4" if small else "100")

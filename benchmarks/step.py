@@ -84,10 +84,10 @@ CASES = [
     Case("torchvision/resnet18", 128, 32, ("set", "dnw, frozen", "gradual, over", "clipped", "static, clipped")),
     Case("torchvision/resnet18", 128, 32, only=(), channels_last=True),
     Case("torchvision/mobilenet_v2", 128, 32),
-    Case("torchvision/vgg16_bn", 128, 32),
+    Case("torchvision/vgg16_bn", 32, 32, only=("all tweaks", "after the ghosts", "rigl", "dnw", "parametrize")),
     Case("torchvision/resnet18", 4, 224),
     Case("torchvision/mobilenet_v2", 4, 224),
-    Case("torchvision/vgg16_bn", 2, 224),
+    Case("torchvision/vgg16_bn", 2, 224, only=("all tweaks", "after the ghosts")),
 ]
 SMALL = [Case("cifar/resnet8", 8, 16, ("set", "dnw, frozen", "gradual, over", "clipped", "static, clipped"))]
 

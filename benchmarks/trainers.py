@@ -24,12 +24,12 @@ TITLE = "A training step under the three trainers"
 ABOUT = """
 Every round is a short run of each contender, in a trainer and with a network made for it, by the adapter that users would take.
 The time is that between two batches which the trainer asks for, so that all is in it that the trainer does in a step; the first
-three steps of a run do not count.
+two steps of a run do not count.
 """
 
 NAMES = ("untouched again", "static", "all tweaks", "after the ghosts")
 RATIOS = [Ratio(name, name, "untouched", most=LIMITS.get(name)) for name in NAMES]
-_WARM = 3  # steps of a run that do not count
+_WARM = 2  # steps of a run that do not count
 
 
 class Ticking(IterableDataset):
@@ -72,7 +72,7 @@ def measure(small: bool) -> Iterator[Row]:
 def _run(fit: Callable[..., None], name: str, network: nn.Module, images: Tensor, labels: Tensor) -> float:
     model = copy.deepcopy(network)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
-    ticking = Ticking((images, labels), _WARM + 6)
+    ticking = Ticking((images, labels), _WARM + 5)
     fit(RECIPES.get(name), model, optimizer, ticking)
     return ticking.seconds
 
