@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from interleave import Contender, Ratio, Row, alone, rounds, timed
 from step import STATIC
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tost_plugins import Session, models
@@ -23,9 +23,9 @@ TITLE = "Growth"
 ABOUT = """
 A training step with a static mask against that of the untouched network. Parameters: three equally wide linear layers, a batch of
 256 rows; little but the weights is worked on, so the mask weighs more than in a convolutional network of as many parameters.
-Layers: 3x3 convolutions of 8 channels with a norm each, on 16 images of 8 px: what a layer costs by itself. Ranks: ResNet-18 at
-32 px under DDP on gloo, a thread and 16 images each; ranks beyond the number of cores share them. Steps: a small network
-at its 10th and its 2000th step; the cost must not change.
+Layers: 3x3 convolutions of 8 channels with a norm and a shortcut each, on 16 images of 8 px: what a layer costs by itself. Ranks:
+ResNet-18 at 32 px under DDP on gloo, a thread and 16 images each; ranks beyond the number of cores share them. Steps: a small
+network at its 10th and its 2000th step; the cost must not change.
 """
 
 RATIOS = [Ratio("untouched again", "untouched again", "untouched"), Ratio("static", "static", "untouched")]
@@ -63,9 +63,19 @@ def _timed(case: str, model: nn.Module, shape: tuple[int, ...], count: int) -> I
         stack.pop_all()  # the runs are not finished: leave without a word
 
 
+class _Layer(nn.Module):
+    """With a shortcut, without which hundreds of them would not train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.relu(self.norm(self.conv(x)))
+
+
 def _deep(depth: int) -> nn.Sequential:
-    parts = [part for _ in range(depth) for part in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())]
-    return nn.Sequential(*parts, nn.Flatten())
+    return nn.Sequential(*[_Layer() for _ in range(depth)], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
 
 def _contender(name: str, model: nn.Module, shape: tuple[int, ...], stack: ExitStack, ranks: bool = False) -> Contender:
