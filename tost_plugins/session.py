@@ -534,11 +534,9 @@ class Session:
             for name, p in params.items()
         }
         self._count(mask)
+        # once, since Composer logs them in every step
         ghosts = sum(param.numel() for param, _ in self._companions())
-        self._sizes = (
-            ghosts,
-            sum(param.numel() for param in self.model.parameters()),
-        )  # Composer logs them in every step
+        self._sizes = ghosts, sum(param.numel() for param in self.model.parameters())
         self._masked, self._movement = list(zip(params.values(), kept.values(), strict=True)), None
         if self.moving is not None and self.state != "finished":
             self._movement = Movement(self.moving, self.recipe.seed, self.model, params, kept)
