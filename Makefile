@@ -6,7 +6,7 @@ WORKERS ?= 2
 # One thread per process: the workers, and the ranks that some tests start, share the cores.
 PYTEST = OMP_NUM_THREADS=1 TOST_ALLOW_SKIPS="$(1)" $(2)/bin/pytest
 
-.PHONY: demo test test-long test-newest lint clean
+.PHONY: demo test test-long test-newest bench lint clean
 .NOTPARALLEL:
 
 demo: .venv/installed
@@ -21,6 +21,12 @@ test-long: .venv/installed
 # The same tests beside the newest torch, which Composer, and a torchvision to match, do not allow yet.
 test-newest: .venv-newest/installed
 	$(call PYTEST,composer torchvision timm datasets,.venv-newest) -n $(WORKERS) --dist worksteal
+
+# About half an hour on 2 cores that do nothing else; `.venv/bin/python benchmarks/run.py PART` measures one part.
+# sparsimony is a contender where it can be had: it asks for numpy 1, and works with 2.
+bench: .venv/installed
+	-.venv/bin/pip install --quiet --no-deps sparsimony==0.1.0
+	HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/run.py
 
 lint: .venv/installed
 	.venv/bin/ruff check

@@ -1,82 +1,188 @@
-"""What does a static mask cost? Training steps with and without one, interleaved, as ratios to the untouched network.
-
-    python benchmarks/step.py --model torchvision/resnet18 --batch-size 64 --pairs 15
-
-Each round takes some steps of every contender in turn, in a new order each time; printed are the median ratio
-over the rounds and its quartiles. `clipped` is the same step with `clip_grad_norm_` in front of it.
-"""
+"""A training step in plain PyTorch, beside the same step of the untouched model and of what else masks weights."""
 
 from __future__ import annotations
 
-import argparse
-import statistics
-from collections.abc import Callable
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleave import rounds
+from interleave import Contender, Ratio, Row, timed
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
-from tost_plugins import Session, models
+from tost_plugins import Session, masks, models
+from tost_plugins.params import prunable
 
-CONTENDERS = ("untouched", "untouched again", "masked", "clipped", "masked, clipped")
-#: name of a ratio -> who is divided by whom
-RATIOS = {
-    "untouched again / untouched": ("untouched again", "untouched"),
-    "masked / untouched": ("masked", "untouched"),
-    "masked, clipped / clipped": ("masked, clipped", "clipped"),
+TITLE = "A training step"
+ABOUT = """
+SGD with momentum on random images; every contender has its own copy of the network and takes one step in each round. "static":
+a random mask of sparsity 0.9. "all tweaks": the same with ghost skips and soft activations at work, and label smoothing (rescaled
+initialisation is over before the first step); "after the ghosts": the same recipe when its schedules have ended. RigL and SET
+move their masks in every step that is timed here; "an update in 100 steps" is that step and 99 of the static mask. "prune" is
+`torch.nn.utils.prune` (the weight is made anew in every forward pass), "parametrize" a module that multiplies weight and mask in
+`torch.nn.utils.parametrize`, "sparsimony" the package of that name (its SET between two updates; `make bench` installs version
+0.1.0 without its dependencies, since it asks for numpy 1). "untouched again" is what the machine does by itself.
+"""
+
+SPARSITY = 0.9
+STATIC = {"kind": "random", "sparsity": SPARSITY, "allocation": "erk", "on_collapse": "keep_one"}
+
+
+def tweaks(until: str) -> list[dict[str, Any]]:
+    """All that act during training, until then."""
+    return [{"kind": "ghost_skip", "until": until}, {"kind": "soft_activation", "until": until}, "label_smoothing"]  # type: ignore[list-item]
+
+
+def moving(kind: str, **options: Any) -> dict[str, Any]:
+    """The recipe of a mask that moves."""
+    return {"mask": {**STATIC, "kind": kind, **options}}
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "static": {"mask": STATIC},
+    "all tweaks": {"mask": STATIC, "tweaks": tweaks("1dur")},
+    "after the ghosts": {"mask": STATIC, "tweaks": tweaks("1ba")},
+    "rigl": moving("rigl", every="1ba"),
+    "set": moving("set", every="1ba"),
+    "dnw": moving("dnw"),
+    "dnw, frozen": moving("dnw", freeze="1ba"),
+    "gradual, over": moving("gradual", until="1ba"),
 }
+LIMITS = {"static": 1.02, "all tweaks": 1.35, "after the ghosts": 1.03, "dnw": 1.35}
+RATIOS = [
+    Ratio("untouched again", "untouched again", "untouched"),
+    *(Ratio(name, name, "untouched", most=LIMITS.get(name)) for name in RECIPES if name not in ("rigl", "set")),
+    Ratio("rigl, an update in 100 steps", "rigl", "untouched", most=1.03, share=0.01, rest="static"),
+    Ratio("set, an update in 100 steps", "set", "untouched", share=0.01, rest="static"),
+    Ratio("static, both clipped", "static, clipped", "clipped", most=1.02),
+    *(Ratio(name, name, "untouched") for name in ("prune", "parametrize", "sparsimony")),
+]
 
 
-def contender(name: str, args: argparse.Namespace, stack: ExitStack) -> Callable[[], None]:
-    """A function that takes `--steps` training steps."""
+@dataclass(frozen=True)
+class Case:
+    """A network and its batch; `more` are contenders beside the usual ones."""
+
+    model: str
+    batch: int
+    size: int
+    more: tuple[str, ...] = ()
+    only: tuple[str, ...] = ("all tweaks", "after the ghosts", "rigl", "dnw", "prune", "parametrize", "sparsimony")
+    channels_last: bool = False
+
+    def __str__(self) -> str:
+        layout = ", channels last" if self.channels_last else ""
+        return f"{self.model.rpartition('/')[2]}, {self.batch} images of {self.size} px{layout}"
+
+
+CASES = [
+    Case("torchvision/resnet18", 128, 32, ("set", "dnw, frozen", "gradual, over", "clipped", "static, clipped")),
+    Case("torchvision/resnet18", 128, 32, only=(), channels_last=True),
+    Case("torchvision/mobilenet_v2", 128, 32),
+    Case("torchvision/vgg16_bn", 32, 32, only=("all tweaks", "after the ghosts", "rigl", "dnw", "parametrize")),
+    Case("torchvision/resnet18", 4, 224),
+    Case("torchvision/mobilenet_v2", 4, 224),
+    Case("torchvision/vgg16_bn", 2, 224, only=("all tweaks", "after the ghosts")),
+]
+SMALL = [Case("cifar/resnet8", 8, 16, ("set", "dnw, frozen", "gradual, over", "clipped", "static, clipped"))]
+
+
+def measure(small: bool) -> Iterator[Row]:
+    """The rows of all cases."""
+    for case in SMALL if small else CASES:
+        for turn, names in enumerate(_groups(case)):
+            with ExitStack() as stack:
+                contenders = {name: contender(name, case, stack) for name in names}
+                yield from timed(str(case), contenders, 3 if small else 15, first=100 * turn)
+                stack.pop_all()  # the runs are not finished: leave without a word
+
+
+def _groups(case: Case) -> list[list[str]]:
+    """The contenders, as many at once as half of the memory holds; "untouched" is in each group."""
+    names = ["untouched again", "static", *case.only, *case.more]
+    if importlib.util.find_spec("sparsimony") is None:
+        names = [name for name in names if name != "sparsimony"]
+    params = sum(param.numel() for param in models.build(case.model, 10).parameters())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    together = max(1, int(memory / 2 / (6 * 4 * params)) - 1)  # weight, gradient, momentum and mask, and what else
+    return [["untouched", *names[i : i + together]] for i in range(0, len(names), together)]
+
+
+def contender(name: str, case: Case, stack: ExitStack) -> Contender:
+    """A function that takes one training step."""
     torch.manual_seed(0)
-    model = models.build(args.model, 10, 3).train()
-    images = torch.randn(args.batch_size, 3, args.size, args.size)
-    if args.channels_last:
+    model = models.build(case.model, 10).train()
+    images, labels = torch.randn(case.batch, 3, case.size, case.size), torch.randint(10, (case.batch,))
+    if case.channels_last:
         model: Any = model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    labels = torch.randint(10, (args.batch_size,))
-    if "masked" in name:
-        session = Session(model, {"mask": {"kind": "random", "sparsity": 0.9, "allocation": "erk"}})
+    base, loss_fn, after = name.removesuffix(", clipped"), F.cross_entropy, lambda: None
+    if base in ("prune", "parametrize"):
+        _OTHERS[base](model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    if base == "sparsimony":
+        after = _sparsimony(model, optimizer)
+    if base in RECIPES:
+        session = Session(model, RECIPES[base]).attach()
+        loss_fn = session.criterion(loss_fn)
         stack.enter_context(session.drive(optimizer, total_steps=10**9))
 
-    def steps() -> None:
-        for _ in range(args.steps):
-            loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            if "clipped" in name:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+    def step() -> None:
+        loss = loss_fn(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        if "clipped" in name:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        after()
 
-    return steps
+    return step
 
 
-def main() -> None:
-    """Time all contenders and print a line for each ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="torchvision/resnet18")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--size", type=int, default=32, help="side of the images")
-    parser.add_argument("--steps", type=int, default=1, help="steps of each contender in a round")
-    parser.add_argument("--pairs", type=int, default=15, help="rounds")
-    parser.add_argument("--channels-last", action="store_true")
-    args = parser.parse_args()
-    with ExitStack() as stack:
-        running = {name: contender(name, args, stack) for name in CONTENDERS}
-        times = rounds(running, args.pairs)
-        stack.pop_all()  # the runs are not finished: leave without a word
-    print(
-        f"{args.model}, batch {args.batch_size} of {args.size} px, {args.pairs} rounds, {torch.get_num_threads()} threads, "
-        f"{'channels_last' if args.channels_last else 'contiguous'}: {statistics.median(times['untouched']):.3f} s a step"
+def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
+    """The layers that the mask is about, and its part in float32."""
+    mask, modules = (
+        masks.find(model, "random", SPARSITY, allocation="erk", on_collapse="keep_one"),
+        dict(model.named_modules()),
     )
-    for name, (one, other) in RATIOS.items():
-        low, middle, high = statistics.quantiles((a / b for a, b in zip(times[one], times[other], strict=True)), n=4)
-        print(f"{name:28s} {middle:.3f}x (quartiles {low:.3f} to {high:.3f})")
+    for name in prunable(model):
+        yield modules[name.rpartition(".")[0]], mask[name].float()
 
 
-if __name__ == "__main__":
-    main()
+def _pruned(model: nn.Module) -> None:
+    for module, mask in _layers(model):
+        prune.custom_from_mask(module, "weight", mask)
+
+
+class _Masked(nn.Module):
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+def _parametrized(model: nn.Module) -> None:
+    for module, mask in _layers(model):
+        parametrize.register_parametrization(module, "weight", _Masked(mask))
+
+
+_OTHERS: dict[str, Callable[[nn.Module], None]] = {"prune": _pruned, "parametrize": _parametrized}
+
+
+def _sparsimony(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    from sparsimony.distributions.base import UniformDistribution
+    from sparsimony.dst.set import SET
+    from sparsimony.schedulers.base import ConstantScheduler
+
+    layers = [{"tensor_fqn": name} for name in prunable(model)]
+    never = ConstantScheduler(0.3, t_end=10**9, delta_t=10**9)
+    sparsifier = SET(never, UniformDistribution(), optimizer, SPARSITY, init_method=None)
+    sparsifier.prepare(model, layers)
+    return sparsifier.step

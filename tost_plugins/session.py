@@ -347,8 +347,7 @@ class Session:
     def report(self, rows: bool = True) -> Report:
         """Sparsity and parameter counts, per layer with `rows`."""
         mask = self.mask
-        ghosts = sum(param.numel() for param, _ in self._companions())
-        total = sum(param.numel() for param in self.model.parameters())
+        ghosts, total = self._sizes
         table = [
             {"layer": name, "shape": list(m.shape), "kept": int(m.sum()), "density": density(m)}
             for name, m in (mask.items() if rows else ())
@@ -535,6 +534,9 @@ class Session:
             for name, p in params.items()
         }
         self._count(mask)
+        # once, since Composer logs them in every step
+        ghosts = sum(param.numel() for param, _ in self._companions())
+        self._sizes = ghosts, sum(param.numel() for param in self.model.parameters())
         self._masked, self._movement = list(zip(params.values(), kept.values(), strict=True)), None
         if self.moving is not None and self.state != "finished":
             self._movement = Movement(self.moving, self.recipe.seed, self.model, params, kept)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from tost_plugins import ranks
 from tost_plugins.errors import TostError
 from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
 from tost_plugins.masks.keep import top
@@ -65,20 +66,24 @@ class Grasp:
         harm."""
         with untouched(task.model, task.batches, train=True), sdpa_kernel(SDPBackend.MATH), _Smooth():
             batches, weights = balanced(task, self.per_class), task.weights()
-            grads = gradient(task, batches, weights, "grasp", partial(self._loss, task))
+            one = len(batches) == 1 and ranks.world() == 1  # its gradient, which is differentiated, is the whole one
+            grads = {} if one else gradient(task, batches, weights, "grasp", partial(self._loss, task))
             product = self._hessian_times(task, batches, weights, grads)
             return {name: -wide(w.detach()) * product[name] for name, w in task.leaves(weights).items()}
 
     def _hessian_times(
         self, task: Task, batches: Sequence[Any], weights: Mapping[str, Tensor], vector: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """H times the vector, averaged over samples and ranks: the gradient of (gradient . vector)."""
+        """H times the vector (without one: the gradient itself), averaged over samples and ranks: the gradient of
+        (gradient . vector)."""
         own = task.leaves(weights)
 
         def term(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
             loss = self._loss(task, task.outputs(weights, batch), batch)
             grads = derivative(loss, own, "grasp", create_graph=True)
-            dot = torch.stack([(wide(grad) * vector[name]).sum() for name, grad in grads.items()]).sum()
+            dot = torch.stack(
+                [(wide(grad) * vector.get(name, wide(grad.detach()))).sum() for name, grad in grads.items()]
+            ).sum()
             return loss, _second_derivative(dot, own)
 
         return average(batches, own, term, "grasp")

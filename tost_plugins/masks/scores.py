@@ -97,6 +97,9 @@ def average(
 
 
 def _check_finite(tensors: Mapping[str, Tensor], method: str) -> None:
+    parts = [tensor for tensor in tensors.values() if tensor.numel()]
+    if all(bool(norm.isfinite()) for norm in torch._foreach_norm(parts)):  # many times as fast; it may overflow
+        return
     for name, tensor in tensors.items():
         if tensor.numel() and not bool(torch.isfinite(tensor).all()):
             what = name if name == "the loss" else f"the gradient of {name}"

@@ -54,7 +54,7 @@ class Snip:
         with untouched(task.model, task.batches, train=True):
             batches, weights = task.take(self.batches, "snip"), task.weights()
             own = {name: wide(weight.detach()) for name, weight in task.leaves(weights).items()}
-            total = {name: torch.zeros_like(weight.abs()) for name, weight in own.items()}
+            total = {name: torch.zeros_like(weight, dtype=weight.real.dtype) for name, weight in own.items()}
             for turn in range(self.batches):
                 grads = gradient(task, batches[turn : turn + 1], weights, "snip")
                 if not grads:

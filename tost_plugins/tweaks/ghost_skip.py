@@ -184,6 +184,9 @@ class GhostSkip(Tweak):
 
     def advance(self, model: nn.Module, clock: Clock) -> None:
         alpha = SCHEDULES[self.schedule](1.0, 0.0)(clock.progress(self.until))
+        first = next(_walk(model), None)
+        if first is None or (alpha == 0 and first.phase == "dormant" and not first.strength):
+            return  # over: nothing to write, and a walk through the modules in every step is not free
         for ghost in ghosts(model):
             ghost.set_strength(alpha)
 
@@ -219,12 +222,16 @@ class GhostSkip(Tweak):
         return [(ghost, around.get(id(ghost)) or convs[id(ghost.holder)]) for ghost in ghosts(model)]
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        return {"tost/ghost_skip/alpha": next((ghost.strength for ghost in ghosts(model)), 0.0)}
+        return {"tost/ghost_skip/alpha": next((ghost.strength for ghost in _walk(model)), 0.0)}
 
 
 def ghosts(model: nn.Module) -> list[Ghost]:
     """The ghosts in a model, in the order of its modules."""
-    return [module for module in model.modules() if isinstance(module, Ghost)]
+    return list(_walk(model))
+
+
+def _walk(model: nn.Module) -> Iterator[Ghost]:
+    return (module for module in model.modules() if isinstance(module, Ghost))
 
 
 def _add(conv: Any, norm: Any, taken: set[nn.Module]) -> None:

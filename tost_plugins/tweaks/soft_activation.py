@@ -118,6 +118,9 @@ class SoftActivation(Tweak):
 
     def advance(self, model: nn.Module, clock: Clock) -> None:
         progress = clock.progress(self.until)
+        first = next(_walk(model), None)
+        if first is None or (progress >= 1 and not first.tost_live):
+            return  # over: nothing to write, and a walk through the modules in every step is not free
         beta = SCHEDULES[self.schedule](*self.beta)(progress)
         for module in _softened(model):
             module.tost_live = progress < 1  # type: ignore[assignment]
@@ -141,9 +144,10 @@ class SoftActivation(Tweak):
                 module.tost_live = live
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        first = next((module for module in _softened(model) if module.tost_live), None)
-        beta = self.beta[1] if first is None else float(first.tost_beta)  # type: ignore[arg-type]
-        return {"tost/soft_activation/beta": beta, "tost/soft_activation/active": float(first is not None)}
+        first = next(_walk(model), None)  # they are all alike
+        live = first is not None and bool(first.tost_live)
+        beta = float(first.tost_beta) if first is not None and live else self.beta[1]  # type: ignore[arg-type]
+        return {"tost/soft_activation/beta": beta, "tost/soft_activation/active": float(live)}
 
 
 def _is_relu(module: nn.Module) -> bool:
@@ -154,4 +158,8 @@ def _is_relu(module: nn.Module) -> bool:
 
 
 def _softened(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if SoftReLU in mixins_of(m) or SoftRoot in mixins_of(m)]
+    return list(_walk(model))
+
+
+def _walk(model: nn.Module) -> Iterator[nn.Module]:
+    return (m for m in model.modules() if SoftReLU in mixins_of(m) or SoftRoot in mixins_of(m))

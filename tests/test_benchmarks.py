@@ -1,0 +1,102 @@
+"""The benchmarks run, their page says what their rows say, and their plain restatements compute what the library does."""
+
+import copy
+import importlib
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mask_nets import net
+from torch import Tensor
+
+from tost_plugins import masks
+from tost_plugins.masks.grasp import Grasp
+from tost_plugins.masks.snip import Snip
+from tost_plugins.task import Task
+from tost_plugins.tweaks.rescaled_init import rescale
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)  # as if run from their folder: the scripts find each other
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(12, 3, 8, 8, dtype=torch.float64), torch.arange(12) % 4
+
+
+def test_a_part_leaves_rows_and_a_page(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    run, step = importlib.import_module("run"), importlib.import_module("step")
+    run.measure("step", tmp_path, small=True)
+    rows = run.read(tmp_path / "benchmarks" / "step.csv")
+    contenders = {row.contender for row in rows}
+    assert {"untouched", "untouched again", *step.RECIPES, "prune", "parametrize"} <= contenders
+    assert all(sorted(row.round for row in rows if row.contender == name) == [0, 1, 2] for name in contenders)
+    assert all(row.value > 0 for row in rows)
+    page = run.page(tmp_path)
+    assert "| resnet8, 8 images of 16 px | static |" in page
+    assert "Not measured yet: `python benchmarks/run.py growth`" in page
+    (line,) = [line for line in page.splitlines() if "| static |" in line]
+    _, median, _ = importlib.import_module("interleave").quartiles(step.Ratio("", "static", "untouched").values(rows))
+    assert f" {median:.3f} (" in line
+    assert line.endswith("at most 1.02 | held |" if median <= 1.02 else "at most 1.02 | **missed** |")
+
+
+def test_ratios_are_those_of_the_same_round() -> None:
+    interleave = importlib.import_module("interleave")
+    times = {"a": [2.0, 3.0], "b": [1.0, 1.5], "rare": [5.0, 7.5]}
+    rows = [interleave.Row("case", name, i, v, "s") for name, values in times.items() for i, v in enumerate(values)]
+    ratio = interleave.Ratio
+    assert ratio("", "a", "a").values(rows) == [1.0, 1.0]
+    assert ratio("", "a", "b").values(rows) == [2.0, 2.0]
+    assert ratio("", "a").values(rows) == [2.0, 3.0]
+    assert ratio("", "rare", "b", share=0.25, rest="a").values(rows) == [0.25 * 5 + 0.75 * 2] * 2
+    assert ratio("", "a", "b", unit="B").values(rows) == []
+    assert [ratio("", "a", most=1.0).holds(v) for v in (1.0, 1.1)] == [True, False]
+    assert [ratio("", "a", least=0.9).holds(v) for v in (0.9, 0.8)] == [True, False]
+    assert ratio("", "a").holds(9.0) is None
+
+
+def test_contenders_take_turns_and_may_count_for_themselves() -> None:
+    interleave, seen = importlib.import_module("interleave"), []
+    found = interleave.rounds({"a": lambda: seen.append("a"), "b": lambda: seen.append("b") or 7.0}, 3, warm_up=1)
+    assert [sorted(seen[i : i + 2]) for i in range(0, 8, 2)] == [["a", "b"]] * 4
+    assert (len(found["a"]), found["b"]) == (3, [7.0] * 3)
+
+
+def test_plain_restatements_are_the_librarys_scores_and_masks() -> None:
+    plain, model, given = importlib.import_module("plain"), net().double(), batch()
+    model[6].p = 0.0
+    task = Task.of(model, batches=[given], loss_fn=F.cross_entropy)
+    for mine, other in (
+        (plain.snip(copy.deepcopy(model), given), Snip(sparsity=0.5).scores(task)),
+        (plain.grasp(copy.deepcopy(model), given), {n: -s for n, s in Grasp(sparsity=0.5).scores(task).items()}),
+    ):
+        assert any(score.abs().max() > 0 for score in mine)
+        for score, expected in zip(mine, other.values(), strict=True):
+            torch.testing.assert_close(score, expected, rtol=1e-9, atol=1e-15)
+    kept = plain.synflow(copy.deepcopy(model), (3, 8, 8), 0.1, 20)
+    found = masks.find(model, "synflow", 0.9, rounds=20, input_shape=(3, 8, 8))
+    assert all(torch.equal(mask, other) for mask, other in zip(kept, found.values(), strict=True))
+
+
+@pytest.mark.parametrize(("size", "above"), [(1.0, 3), (0.01, 0)])
+def test_the_plain_rescaled_initialisation_is_the_librarys(
+    size: float, above: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "tost_plugins")
+    plain, model, given = importlib.import_module("plain"), net().double(), batch()
+    model[6].p = 0.0
+    for param in model.parameters():
+        param.data.mul_(size)
+    mask = masks.find(model, "random", 0.5)
+    mine = plain.rescaled_init(copy.deepcopy(model), itertools.repeat(given), mask, 3)
+    other = rescale(Task.of(model, batches=[given], loss_fn=F.cross_entropy), mask, iterations=3)
+    torch.testing.assert_close(mine, list(other.values()), rtol=1e-4, atol=1e-4)
+    assert mine != [1.0] * len(mine)
+    assert f"above 1 in {above} of 3 iterations" in caplog.text  # either objective
