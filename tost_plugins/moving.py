@@ -85,14 +85,15 @@ class Movement:
         """Take removed weights out of the network and remember them, if they are in it."""
         if self._revealed and self.hides(clock):
             for name, hidden in self._hidden().items():
-                hidden.copy_(self.weights[name]).masked_fill_(self.masks[name], 0)
-                self.weights[name].mul_(self.kept[name])
+                weight = self.weights[name]
+                hidden.copy_(weight)
+                hidden.sub_(weight.mul_(self.kept[name]))  # filling in by a mask takes several times as long
         self._revealed = False
 
     def metrics(self) -> dict[str, float]:
         """How many entries the last move has changed, and the share of the weights that have ever been kept."""
         if self._metrics is None:
-            seen = torch.stack([seen.sum() for seen in self.seen.values()]).sum()
+            seen = torch.stack([seen.count_nonzero() for seen in self.seen.values()]).sum()
             explored = int(seen) / sum(seen.numel() for seen in self.seen.values())
             self._metrics = {"tost/mask/changed": float(self.changed), "tost/mask/explored": explored}
         return self._metrics
@@ -110,7 +111,7 @@ class Movement:
         new = self.method.update(self.masks, weights, grads, clock, seeds.generator(self.seed, clock.step))
         if not self.hides(clock):
             new = ranks.broadcast(new, self._device)
-        self.changed.copy_(torch.stack([(mask ^ self.masks[name]).sum() for name, mask in new.items()]).sum())
+        self.changed.copy_(torch.stack([(mask ^ self.masks[name]).count_nonzero() for name, mask in new.items()]).sum())
         for name, mask in new.items():
             self.masks[name].copy_(mask)
             self.kept[name].copy_(sharding.like(mask, self.kept[name]))
