@@ -75,9 +75,9 @@ def cell(content: Content, name: str, seed: int, labels: Row, changes: Row | Non
 
 
 def on_one_mask(
-    content: Content, seeds: Iterable[int], prefix: str, variants: Mapping[str, Row], labels: Row
+    content: Content, seeds: Iterable[int], prefix: str, variants: Mapping[str, Row], labels: Row, **options: Any
 ) -> list[Cell]:
-    """For each seed the variants (name -> changes of the recipe) on one mask.
+    """For each seed the variants (name -> changes of the recipe) on one mask; `options` are those of their cells.
 
     A lottery ticket is found first, without tweaks; other masks are the same by their seed.
     """
@@ -89,7 +89,9 @@ def on_one_mask(
             made.append(ticket)
             changed["mask"], rest = FROM_PARENT, {"parent": ticket.name}
         for name, changes in variants.items():
-            made.append(cell(changed, f"{prefix}{name}", seed, {**labels, "training": name}, changes, **rest))
+            made.append(
+                cell(changed, f"{prefix}{name}", seed, {**labels, "training": name}, changes, **options, **rest)
+            )
     return made
 
 

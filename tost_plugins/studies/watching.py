@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
+from safetensors.torch import load_file
+
+from tost_plugins.clock import Clock
+from tost_plugins.data import Loader
 from tost_plugins.grid import Cell, Record
+from tost_plugins.recipe import Recipe
 from tost_plugins.report import Plot
 from tost_plugins.studies.base import STRUCTURES, Content, Row, Size, Study, cell, on_one_mask, watched
+from tost_plugins.study.activations import activation_sparsity as zeros
+from tost_plugins.train import prepare
 
 _NEVER = "1000000000ba"
 _METHODS: dict[str, Row] = {
@@ -84,24 +92,33 @@ def _activations(content: Content, size: Size, seeds: Sequence[int]) -> list[Cel
 
     variants = {"ReLU": {"tweaks": []}, "Swish": soft(shape="swish"), "Mish": soft(shape="mish"),
                 "PSwish, beta 1 to 10": soft(shape="pswish", until="1dur", beta=[1, 10])}  # fmt: skip
-    watch = {"measures": ["activation_sparsity"], "every": _last_but_one(size)}
-    return on_one_mask({**content, "watch": watch}, seeds, "", variants, {})
+    watch = {"measures": ["activation_sparsity"], "every": _often(size)}
+    return on_one_mask({**content, "watch": watch}, seeds, "", variants, {}, measure=zeros_on_test_images)
 
 
-def _last_but_one(size: Size) -> str:
-    return "1ba" if size == "smoke" else "0.05dur" if size == "cpu" else "1ep"
+def _often(size: Size) -> str:
+    return {"smoke": "1ba", "cpu": "0.05dur", "paper": "1ep"}[size]
+
+
+def zeros_on_test_images(folder: Path, recipe: Recipe) -> list[Row]:
+    """The zeros in each layer of a finished run, on the test images, with the activation of its last step; zeros along
+    the training, on a training batch, are in the folder's `watch`."""
+    job = prepare(recipe, folder)
+    job.model.load_state_dict(load_file(folder / "model.safetensors"))
+    for tweak in recipe.tweaks:
+        tweak.attach(job.model, recipe.seed)
+        tweak.advance(job.model, Clock(job.total_steps - 1, job.total_steps, job.steps_per_epoch))
+    test = Loader(job.data.test, 500, seed=0, shuffle=False, augment=None, mean=job.data.mean, std=job.data.std)
+    return zeros(job.model, test, forward=lambda model, batch: job.forward(model, batch[0]))
 
 
 def _by_layer(records: Sequence[Record], size: Size) -> list[Row]:
-    """The last look at each run while its activation is still its own (PSwish is ReLU again after the last step)."""
-    rows = []
-    for record in (r for r in records if r["labels"]):
-        seen = watched(record, "activation_sparsity")
-        steps = sorted({row["step"] for row in seen})
-        step = steps[-2] if record["labels"]["training"].startswith("PSwish") else steps[-1]
-        last = [row for row in seen if row["step"] == step]
-        rows += [{**row, "number": number} for number, row in enumerate(last, start=1)]
-    return rows
+    return [
+        {**record["labels"], "number": number, **row}
+        for record in records
+        if record["labels"]
+        for number, row in enumerate(record["rows"], start=1)
+    ]
 
 
 def _curvature(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
