@@ -194,6 +194,6 @@ def _tidy(axes: Any, plot: Plot) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     low, high = axes.get_ylim()
     if high - low < plot.least:
-        axes.set_ylim(low, low + plot.least)
+        axes.set_ylim(low - 0.05 * plot.least, low + plot.least)
     if plot.zero:
         axes.axhline(0, color="#444444", linewidth=0.8)
