@@ -99,6 +99,7 @@ class Plot:
     xlabel: str = ""
     ylabel: str = ""
     zero: bool = False  # a line at 0
+    log: bool = False  # a logarithmic y axis
     chance: str | None = None  # a column with what chance would give: a thin line of its means
     least: float = 0.0  # the height that the y axis has at least: differences below it are none
 
@@ -192,6 +193,8 @@ def _tidy(axes: Any, plot: Plot) -> None:
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    if plot.log:
+        axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high - low < plot.least:
         axes.set_ylim(low - 0.05 * plot.least, low + plot.least)

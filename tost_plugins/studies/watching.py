@@ -159,6 +159,7 @@ activation_sparsity = Study(
 curvature = Study(
     about="the top eigenvalue of the loss Hessian along the training",
     paper=f"{_TOST}, figure 2{_CURVES}",
-    plot=Plot("epoch", "eigenvalue", by="training", panel="space", xlabel="epoch", ylabel="top Hessian eigenvalue"),
+    plot=Plot("epoch", "eigenvalue", by="training", panel="space", xlabel="epoch", ylabel="top Hessian eigenvalue",
+              log=True),
     cells=_curvature, rows=_eigenvalues,
 )  # fmt: skip
