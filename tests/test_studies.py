@@ -114,7 +114,9 @@ def test_the_activation_sparsity_of_relu_is_what_is_counted_afterwards(done: Don
     for name, module in job.model.named_modules():
         if isinstance(module, torch.nn.ReLU):
             module.register_forward_hook(
-                lambda m, x, out, name=name: zeros.setdefault(name, []).append(100 * float((out < 1e-6).double().mean()))
+                lambda m, x, out, name=name: zeros.setdefault(name, []).append(
+                    100 * float((out < 1e-6).double().mean())
+                )
             )
     job.evaluate(job.model, job.data.test)  # 360 images: one batch
     counted = sorted(value for values in zeros.values() for value in values)
