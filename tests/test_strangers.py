@@ -22,8 +22,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tost_plugins import Mask, Recipe, TostError, plain_yaml, sources
-from tost_plugins.cli import _progress, app
+from tost_plugins.cli import app
 from tost_plugins.export import export
+from tost_plugins.progress import progress
 from tost_plugins.recipe import DataSpec, apply_changes
 from tost_plugins.train import train
 
@@ -302,7 +303,7 @@ def test_names_in_a_recipe_or_a_mask_are_shown_and_not_obeyed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "[/red][link=x] \x1b[31m"
-    with _progress(False) as listen:
+    with progress(False) as listen:
         assert listen is not None
         listen("run", {"name": name, "model": "m", "data": "d", "total": 1, "trainer": "torch"})
         listen("step", {"step": 1, "total": 1, "loss": 0.0})
