@@ -33,8 +33,8 @@ from tost_plugins.train import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Part -> the script that measures it, and about how many minutes it takes on 2 cores.
-PARTS = {"step": ("step", 10), "trainers": ("trainers", 4), "finding": ("finding", 6), "memory": ("memory", 2),
-         "growth": ("growth", 3), "startup": ("startup", 1), "train": ("end_to_end", 3)}  # fmt: skip
+PARTS = {"step": ("step", 13), "trainers": ("trainers", 7), "finding": ("finding", 12), "memory": ("memory", 3),
+         "growth": ("growth", 3), "startup": ("startup", 1), "train": ("end_to_end", 4)}  # fmt: skip
 HEAD = """# What it costs
 
 Written by `make bench`; the raw rows, one for each contender and round, are in `docs/benchmarks/`. Contenders take turns, in a

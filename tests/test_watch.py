@@ -150,7 +150,7 @@ def test_an_unknown_measure_is_an_error_that_lists_them() -> None:
         Recipe.of({"mask": {"kind": "random", "sparsity": 0.5}}, watch="in_degre")
 
 
-@pytest.mark.parametrize("out", ["/tmp/elsewhere", "../elsewhere", "run/../../elsewhere"])
+@pytest.mark.parametrize("out", ["/elsewhere", "../elsewhere", "run/../../elsewhere"])
 def test_a_recipe_from_a_stranger_watches_within_its_folder(out: str, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     recipe = Recipe.from_dict(BASE | {"watch": {"measures": ["in_degree"], "out": out}})
