@@ -33,6 +33,7 @@ class Movement:
         self._mask: Mask | None = None  # None: it has moved since somebody looked
         self._metrics: dict[str, float] | None = None  # as above
         self._moved_at = -1  # the step at whose gradients the mask has moved: a closure may come by twice
+        self.moved = True  # whether weights may be outside the mask: set by a move, cleared by who has dealt with it
         self._revealed = False  # whether hidden weights are in the network, between gradients and step
 
     @property
@@ -117,6 +118,7 @@ class Movement:
             self.kept[name].copy_(sharding.like(mask, self.kept[name]))
             self.seen[name].logical_or_(mask)
         self._mask = self._metrics = None
+        self.moved = True
 
     @torch.no_grad()
     def _reveal(self) -> None:

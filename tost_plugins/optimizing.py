@@ -56,11 +56,15 @@ def mask_weights(masked: Sequence[Masked], optimizer: Optimizer | None) -> None:
     if not masked:
         return
     torch._foreach_mul_([local(param) for param, _ in masked], [local(mask) for _, mask in masked])
-    state = optimizer.state if optimizer is not None else {}
     for param, mask in masked:
-        for value in state.get(param, {}).values():
-            if isinstance(value, Tensor) and value.shape == param.shape and value.is_floating_point():
-                value.mul_(mask)
+        for value in state_of(param, optimizer):
+            value.mul_(mask)
+
+
+def state_of(param: nn.Parameter, optimizer: Optimizer | None) -> list[Tensor]:
+    """The floating point numbers that the optimizer keeps for each number of a weight: momentum and the like."""
+    state = {} if optimizer is None else optimizer.state.get(param, {})
+    return [v for v in state.values() if isinstance(v, Tensor) and v.shape == param.shape and v.is_floating_point()]
 
 
 @torch.no_grad()
@@ -104,9 +108,12 @@ def diverged(params: Mapping[str, nn.Parameter]) -> list[str]:
 
 
 def _all_finite(grads: list[Tensor]) -> bool:
-    """The usual norm is many times as fast as the largest value; where it overflows, as in float16, look closer."""
+    """A sum, or a norm where one kernel takes all, is many times as fast as looking at each number; where it overflows,
+    as in float16, look closer."""
     parts = [part for grad in grads if (part := local(grad.detach())).numel()]
-    norms = torch._foreach_norm(parts)
-    if not norms or bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
+    if not parts:
+        return True
+    found = [part.sum() for part in parts] if parts[0].is_cpu else torch._foreach_norm(parts)
+    if bool(torch.stack([each.float() for each in found]).isfinite().all()):
         return True
     return all(bool(part.isfinite().all()) for part in parts)

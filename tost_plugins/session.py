@@ -25,6 +25,7 @@ from tost_plugins.params import clean_name, prunable, some, unwrap
 from tost_plugins.task import Task, call
 from tost_plugins.tweaks import LabelSmoothing, Tweak
 from tost_plugins.tweaks.label_smoothing import SmoothedLoss
+from tost_plugins.zeros import Zeros
 
 if TYPE_CHECKING:
     from tost_plugins.recipe import Recipe
@@ -96,6 +97,7 @@ class Session:
         self._mask: Mask | None = None
         self._masked: list[tuple[nn.Parameter, Tensor]] = []  # weights, and their masks in the weights' own dtype
         self._gradients: gradients.Following | None = None  # masks them as they come, while a loop goes on
+        self._zeros = Zeros(())  # watches over them
         self._movement: Movement | None = None  # of a mask that moves, while it runs
         self._moved: dict[str, float] = {}  # what it had to say at the end
         self._watcher: Any = None  # what the recipe's `watch` makes, while the run goes on
@@ -219,7 +221,11 @@ class Session:
             if self._movement is not None and self.clock.step != before:  # a step told twice moves no mask twice
                 self._movement.after(self.clock)
         self.conceal()
-        self.enforce()
+        keeper = self._state_keeper()
+        if self._movement is not None and self._movement.moved and keeper is not None:
+            self.enforce()
+        else:
+            self._zeros.watch(keeper)
         if self.state == "running":
             self._check_smoothing()  # with a closure there is no moment before the step
             self._stepped, self._gone_back = True, False
@@ -234,8 +240,14 @@ class Session:
 
     def enforce(self) -> None:
         """Set weights and optimizer state outside the mask to exactly 0; hidden weights keep their state."""
+        optimizing.mask_weights(self._masked, self._state_keeper())
+        if self._movement is not None:
+            self._movement.moved = False
+
+    def _state_keeper(self) -> Optimizer | None:
+        """The optimizer, if it is to have no state of removed weights."""
         hides = self._movement is not None and self._movement.hides(self.clock)
-        optimizing.mask_weights(self._masked, None if hides else self.optimizer)
+        return None if hides else self.optimizer
 
     def release(self) -> None:
         """Let gradients be: a loop is over. Part of `finish`, and to be called where a finished session has trained on;
@@ -538,6 +550,7 @@ class Session:
         ghosts = sum(param.numel() for param, _ in self._companions())
         self._sizes = ghosts, sum(param.numel() for param in self.model.parameters())
         self._masked, self._movement = list(zip(params.values(), kept.values(), strict=True)), None
+        self._zeros = Zeros(self._masked)
         if self.moving is not None and self.state != "finished":
             self._movement = Movement(self.moving, self.recipe.seed, self.model, params, kept)
         if self._gradients is not None:  # loading may have put other parameters and masks in place of those

@@ -73,7 +73,7 @@ class Ghost(nn.Module):
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         if self.phase == "live":
             branch = self.norm(self.conv(_aligned(x, out, self.conv.stride)))
-            return out + ((self.alpha * self.alive).to(branch.dtype) * branch).to(out.dtype)
+            return torch.addcmul(out, branch.to(out.dtype), (self.alpha * self.alive).to(out.dtype))
         if self.phase == "dormant" and ranks.world() > 1 and torch.is_grad_enabled():
             # DDP waits for a gradient of every parameter, in every step: give it zeros
             params = [param for param in self.parameters() if not is_part(param)]  # parts that FSDP2 has not gathered
