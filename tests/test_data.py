@@ -366,7 +366,7 @@ def test_numbers_that_do_not_fit() -> None:
     )
     assert "got 0; change it" in refused("digits", limit=0)
     assert refused("digits", image_size=16) == (
-        "data.image_size: expected nothing, or 1 pixel or more for 'folder', got 16; 'digits' has one size"
+        "data.image_size: expected nothing for 'digits', 1 pixel or more for the others, got 16; digits have one size"
     )
     assert refused("digits", path="x") == "data.path: expected nothing for 'digits', got 'x'; remove it"
 
@@ -428,6 +428,16 @@ def test_parquet_folder(image: str, label: str, sub: str, tmp_path: Path) -> Non
     assert data.augment == Augment(padding=4, flip=True)
     assert data.mean == pytest.approx((train / 255).mean((0, 1, 2)).tolist())
     assert data.std == pytest.approx((train / 255).std((0, 1, 2)).tolist())
+
+
+def test_smaller_images_are_averages(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write_parquet(tmp_path / f"{part}.parquet", pictures(10), ten(10), "img", "label")
+    data = read("cifar10", path=str(tmp_path), image_size=16, augment=True)
+    blocks = as_tensor(pictures(10)).double().unflatten(2, (16, 2)).unflatten(4, (16, 2)).mean((3, 5))
+    assert (sorted_images(data.train) - blocks).abs().max() <= 0.5
+    assert data.test.images.shape == (10, 3, 16, 16) and data.augment == Augment(padding=2, flip=True)
+    assert read("cifar10", path=str(tmp_path), image_size=32).train.images.shape == (10, 3, 32, 32)
 
 
 def test_parquet_names_its_classes_and_comes_in_pieces(tmp_path: Path) -> None:

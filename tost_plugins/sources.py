@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tost_plugins.data import Augment, Data, Split
@@ -53,7 +54,8 @@ def load(spec: Spec) -> Data:
       folder, or a folder that holds either under the data set's name; or one parquet file, whose last sixth
       becomes the test split; or, where no such path exists here, a Hub id such as `uoft-cs/cifar10`. Without
       a path: the folder that the environment variable TOST_DATA names. Parquet columns are `img` or `image`,
-      `label` or `fine_label`.
+      `label` or `fine_label`. `image_size` (None: the 32 of the data set) averages the pixels of smaller images:
+      at 16 a network trains four times as fast.
     * `folder`: `path/train/CLASS/*.png` with `path/test` or else `path/val` beside it, or `path/CLASS/*.png`,
       of which a fifth becomes the test split. Images become RGB, resized to a square of `image_size` (None:
       32) pixels.
@@ -67,11 +69,13 @@ def load(spec: Spec) -> Data:
     """
     if spec.name not in _SOURCES:
         raise unknown("data.name", "data set", spec.name, _SOURCES)
-    if spec.image_size is not None and (spec.name != "folder" or spec.image_size < 1):
-        expected = "nothing, or 1 pixel or more for 'folder'"
-        remedy = f"{spec.name!r} has one size" if spec.name != "folder" else "32 is usual"
+    if spec.image_size is not None and (spec.name == "digits" or spec.image_size < 1):
+        expected = "nothing for 'digits', 1 pixel or more for the others"
+        remedy = "digits have one size" if spec.name == "digits" else "32 is usual"
         raise wrong("data.image_size", expected, spec.image_size, remedy)
     train, test, class_names = _SOURCES[spec.name](spec)
+    if spec.image_size is not None and spec.name != "folder":  # which has resized each image as it came
+        train, test = (_resized(split, spec.image_size) for split in (train, test))
     for split in (train, test):
         _check_labels(split, len(class_names))
     train, validation = _hold_out(train, spec.validation, spec.limit)
@@ -79,6 +83,13 @@ def load(spec: Spec) -> Data:
     padding = max(1, train.images.shape[-1] // 8)
     augment = Augment(padding, flip=spec.name != "digits") if spec.augment else None
     return Data(train, validation, test, tuple(class_names), mean, std, augment)
+
+
+def _resized(split: Split, size: int) -> Split:
+    """Squares of `size` pixels: averages of those there were, or these again where the images grow."""
+    parts = split.images.split(4096)  # float32 takes four times the room
+    images = [F.interpolate(part.float(), (size, size), mode="area").round().to(torch.uint8) for part in parts]
+    return Split(torch.cat(images), split.labels)
 
 
 def _hold_out(train: Split, validation: int, limit: int | None) -> tuple[Split, Split]:
