@@ -53,6 +53,8 @@ def _bracket(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:
     second)."""
     sample = flat[:: flat.numel() // _SAMPLE].contiguous()
     place, slack = k * sample.numel() / flat.numel(), 2 * math.sqrt(sample.numel())  # 4 standard deviations
-    ends = (min(max(round(place + side), 1), sample.numel()) for side in (-slack, slack))
-    low, high = (sample.kthvalue(end).values for end in ends)
-    return low, high
+    low, high = round(place - slack), round(place + slack)
+    return (
+        sample.kthvalue(low).values if low >= 1 else sample.new_tensor(-math.inf),
+        sample.kthvalue(high).values if high <= sample.numel() else sample.new_tensor(math.inf),
+    )

@@ -145,13 +145,20 @@ def _empty(masks: Mapping[str, Tensor]) -> list[str]:
 
 def _keep_one(scores: Mapping[str, Tensor], flat: Tensor, kept: Tensor, dense: Sequence[str]) -> Tensor:
     """As many weights as `kept`, with the best of every layer, and all of the layers that are to be dense."""
-    safe = torch.cat([best(s.flatten(), s.numel() if name in dense else 1) for name, s in scores.items()])
-    total, least = int(kept.count_nonzero()), int(safe.count_nonzero())
-    if total < least:
+    stay = {name: int(part.count_nonzero()) for name, part in split(kept, scores).items()}
+    more = {name: score.numel() if name in dense else min(score.numel(), 1) for name, score in scores.items()}
+    if sum(stay.values()) < sum(more.values()):
         raise TostError(
-            f"expected enough weights to keep one in every layer, got {total} where {least} are needed; "
-            f"set a lower sparsity"
+            f"expected enough weights to keep one in every layer, got {sum(stay.values())} where {sum(more.values())} are "
+            f"needed; set a lower sparsity"
         )
-    free = (kept & ~safe).nonzero().flatten()
-    safe[free[best(flat[free], total - least)]] = True
+    missing = sum(max(more[name] - count, 0) for name, count in stay.items())  # as many others go, those of lowest score
+    safe = torch.zeros_like(kept)
+    for name, part in split(safe, scores).items():
+        if name in dense:
+            part.fill_(True)
+        elif more[name] and stay[name] <= missing:  # a layer with more cannot lose them all
+            part.view(-1)[scores[name].argmax()] = True  # of equal ones the first
+    free = kept.logical_and(~safe).nonzero().flatten()
+    safe[free[best(flat[free], sum(stay.values()) - int(safe.count_nonzero()))]] = True
     return safe
