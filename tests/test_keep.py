@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks.best import best, kth_lowest
+from tost_plugins.masks.best import best, count_true, kth_lowest
 from tost_plugins.masks.keep import revive, top
 from tost_plugins.masks.mask import Mask
 
@@ -44,6 +44,14 @@ def test_best_is_a_stable_sort(values: list[int], share: float) -> None:
     row, count = torch.tensor(values, dtype=torch.float64), round(share * len(values))
     order = sorted(range(len(values)), key=lambda i: (-values[i], i))
     assert best(row, count).nonzero().flatten().tolist() == sorted(order[:count])
+
+
+@given(start=st.integers(0, 20), size=st.integers(16_000, 20_000), share=st.sampled_from([0, 0.1, 0.9, 1]))
+def test_counts_wherever_a_row_begins_and_ends(start: int, size: int, share: float) -> None:
+    mask = torch.rand(20_100, generator=torch.Generator().manual_seed(size)) < share
+    part = mask[start : start + size]
+    assert int(count_true(part)) == sum(part.tolist())
+    assert int(count_true(mask[:20_000].view(200, 100).t())) == int(mask[:20_000].sum())
 
 
 @pytest.mark.parametrize("kind", ["spread", "few values", "mostly -1", "sorted", "misleading", "constant"])

@@ -12,6 +12,7 @@ from tost_plugins import buffers, optimizing, ranks, seeds, sharding
 from tost_plugins.clock import Clock
 from tost_plugins.errors import TostError
 from tost_plugins.masks.base import Moving
+from tost_plugins.masks.best import count_true
 from tost_plugins.masks.mask import Mask
 from tost_plugins.params import owners
 
@@ -94,7 +95,7 @@ class Movement:
     def metrics(self) -> dict[str, float]:
         """How many entries the last move has changed, and the share of the weights that have ever been kept."""
         if self._metrics is None:
-            seen = torch.stack([seen.count_nonzero() for seen in self.seen.values()]).sum()
+            seen = torch.stack([count_true(seen) for seen in self.seen.values()]).sum()
             explored = int(seen) / sum(seen.numel() for seen in self.seen.values())
             self._metrics = {"tost/mask/changed": float(self.changed), "tost/mask/explored": explored}
         return self._metrics
@@ -112,7 +113,7 @@ class Movement:
         new = self.method.update(self.masks, weights, grads, clock, seeds.generator(self.seed, clock.step))
         if not self.hides(clock):
             new = ranks.broadcast(new, self._device)
-        self.changed.copy_(torch.stack([(mask ^ self.masks[name]).count_nonzero() for name, mask in new.items()]).sum())
+        self.changed.copy_(torch.stack([count_true(mask ^ self.masks[name]) for name, mask in new.items()]).sum())
         for name, mask in new.items():
             self.masks[name].copy_(mask)
             self.kept[name].copy_(sharding.like(mask, self.kept[name]))

@@ -24,7 +24,7 @@ def best(flat: Tensor, count: int) -> Tensor:
         return torch.full_like(flat, count > 0, dtype=torch.bool)
     threshold = kth_lowest(flat, flat.numel() - count + 1)
     kept = flat >= threshold
-    excess = int(kept.count_nonzero()) - count
+    excess = int(count_true(kept)) - count
     if excess:
         kept[(flat == threshold).nonzero().flatten()[-excess:]] = False
     return kept
@@ -41,11 +41,29 @@ def kth_lowest(flat: Tensor, k: int) -> Tensor:
     if size >= _LONG:
         low, high = _bracket(flat, k)
         above = flat > low
-        skipped = size - int(above.count_nonzero())
+        skipped = size - int(count_true(above))
         inside = flat[above.logical_and_(flat <= high)]
         if skipped < k <= skipped + inside.numel():
             return inside.kthvalue(k - skipped).values
     return flat.kthvalue(k).values
+
+
+def count_true(mask: Tensor) -> Tensor:
+    """How many entries are True, int64 and 0-dim; on a CPU several times as fast as `count_nonzero`.
+
+    Eight bytes are added as one number, 128 times, which no byte overflows at; then bytes are added.
+
+    Example:
+        >>> int(count_true(torch.tensor([True, False, True])))
+        2
+    """
+    if not mask.is_cpu or not mask.is_contiguous() or mask.numel() < 1 << 14:
+        return mask.count_nonzero()
+    flat = mask.view(-1).view(torch.uint8)
+    start = -flat.storage_offset() % 8
+    end = start + (flat.numel() - start) // 1024 * 1024
+    sums = flat[start:end].view(torch.int64).view(-1, 128).sum(1)
+    return sums.view(torch.uint8).sum() + flat[:start].sum() + flat[end:].sum()
 
 
 def _bracket(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:

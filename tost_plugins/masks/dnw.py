@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tost_plugins.clock import Clock, TimeField
 from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
-from tost_plugins.masks.best import best
+from tost_plugins.masks.best import best, count_true
 from tost_plugins.masks.keep import top
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scores import wide
@@ -86,5 +86,5 @@ class Dnw:
     ) -> dict[str, Tensor]:
         """As many weights as before in every layer, the largest of them all."""
         sizes = {name: wide(weights[name].detach()).abs() for name in mask}
-        counts = {name: int(kept.count_nonzero()) for name, kept in mask.items()}
+        counts = {name: int(count_true(kept)) for name, kept in mask.items()}
         return {name: best(size.flatten(), counts[name]).view(size.shape) for name, size in sizes.items()}

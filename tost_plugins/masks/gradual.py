@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tost_plugins.clock import Clock, Time, TimeField
 from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
+from tost_plugins.masks.best import count_true
 from tost_plugins.masks.keep import choose, counts, dense_layers, split, tell, top
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scores import wide
@@ -99,7 +100,7 @@ class Gradual:
         """The largest of the weights that are left; removed ones rank below all others, even below zeros."""
         scores = {name: wide(weights[name].detach()).abs().masked_fill(~kept, -1) for name, kept in mask.items()}
         count = counts(scores, self.sparsity_at(clock), self.allocation)
-        have = {name: int(kept.count_nonzero()) for name, kept in mask.items()}
+        have = {name: int(count_true(kept)) for name, kept in mask.items()}
         count = min(count, sum(have.values())) if isinstance(count, int) else _at_most(count, have)
         flat = torch.cat([score.flatten() for score in scores.values()])
         kept, lost = choose(scores, flat, count, self.on_collapse, dense_layers(scores, count))

@@ -14,7 +14,7 @@ from tost_plugins.errors import TostError
 from tost_plugins.log import say
 from tost_plugins.masks.allocation import allocate, kept_count
 from tost_plugins.masks.base import Allocation, OnCollapse
-from tost_plugins.masks.best import best
+from tost_plugins.masks.best import best, count_true
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scores import wide
 from tost_plugins.params import some
@@ -102,7 +102,7 @@ def drop_and_grow(kept: Tensor, size: Tensor, wish: Tensor, count: int) -> Tenso
         [False, True, False, True]
     """
     inside, least = kept.flatten(), float("-inf")
-    total = int(inside.count_nonzero())
+    total = int(count_true(inside))
     stay = best(wide(size.flatten()).masked_fill(~inside, least), total - count)
     come = best(wide(wish.flatten()).masked_fill(stay, least), count)
     return (stay | come).view(kept.shape)
@@ -145,7 +145,7 @@ def _empty(masks: Mapping[str, Tensor]) -> list[str]:
 
 def _keep_one(scores: Mapping[str, Tensor], flat: Tensor, kept: Tensor, dense: Sequence[str]) -> Tensor:
     """As many weights as `kept`, with the best of every layer, and all of the layers that are to be dense."""
-    stay = {name: int(part.count_nonzero()) for name, part in split(kept, scores).items()}
+    stay = {name: int(count_true(part)) for name, part in split(kept, scores).items()}
     more = {name: score.numel() if name in dense else min(score.numel(), 1) for name, score in scores.items()}
     if sum(stay.values()) < sum(more.values()):
         raise TostError(
@@ -160,5 +160,5 @@ def _keep_one(scores: Mapping[str, Tensor], flat: Tensor, kept: Tensor, dense: S
         elif more[name] and stay[name] <= missing:  # a layer with more cannot lose them all
             part.view(-1)[scores[name].argmax()] = True  # of equal ones the first
     free = kept.logical_and(~safe).nonzero().flatten()
-    safe[free[best(flat[free], sum(stay.values()) - int(safe.count_nonzero()))]] = True
+    safe[free[best(flat[free], sum(stay.values()) - int(count_true(safe)))]] = True
     return safe

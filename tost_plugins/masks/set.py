@@ -14,6 +14,7 @@ from torch import Tensor
 from tost_plugins.clock import Clock, Time, TimeField
 from tost_plugins.errors import TostError
 from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
+from tost_plugins.masks.best import count_true
 from tost_plugins.masks.keep import drop_and_grow
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.random import Random
@@ -91,7 +92,7 @@ class Set:
         return {
             name: drop_and_grow(
                 kept, weights[name].abs(), self.wishes(name, weights[name], grads, generator),
-                int(share * int(kept.count_nonzero())),
+                int(share * int(count_true(kept))),
             )
             for name, kept in mask.items()
         }  # fmt: skip
