@@ -80,7 +80,9 @@ def _noise(param: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("mask", [RANDOM, {**RANDOM, "kind": "rigl", "every": "2ba"}, {**RANDOM, "kind": "set", "every": "3ba"}])
+@pytest.mark.parametrize(
+    "mask", [RANDOM, {**RANDOM, "kind": "rigl", "every": "2ba"}, {**RANDOM, "kind": "set", "every": "3ba"}]
+)
 def test_every_optimizer_leaves_zeros(kind: str, mask: dict[str, Any]) -> None:
     net = Net()
     optimizer = OPTIMIZERS[kind](net.parameters())

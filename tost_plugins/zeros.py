@@ -19,11 +19,11 @@ PARTS = 64
 class Zeros:
     """Sees after each step that weights, and what the optimizer keeps of them, are exactly 0 outside the masks.
 
-    They stay so by themselves: without gradient and momentum an optimizer moves no weight that is 0. Multiplying all of them in
-    each step costs as much as the optimizer's own work, which a CPU feels. So of a large layer there one of 64
-    parts is looked at, another one each time, and all of the layer is multiplied when a removed number is not 0: an optimizer that
-    adds noise, or somebody who wrote into weights. Small layers are multiplied in each step, and all of them on
-    other devices: they multiply faster than the CPU can wait for what they saw.
+    They stay so by themselves: without gradient and momentum an optimizer moves no weight that is 0. Multiplying all of them
+    in each step costs as much as the optimizer's own work, which a CPU feels. So of a large layer there one of 64 parts is
+    looked at, another one each time, and all of it is multiplied when a removed number is not 0: an optimizer that adds
+    noise, or somebody who wrote into weights. Small layers are multiplied in each step, and all of them on other devices:
+    they multiply faster than the CPU can wait for what they saw.
     """
 
     def __init__(self, masked: Sequence[Masked]) -> None:

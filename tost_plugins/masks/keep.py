@@ -152,7 +152,8 @@ def _keep_one(scores: Mapping[str, Tensor], flat: Tensor, kept: Tensor, dense: S
             f"expected enough weights to keep one in every layer, got {sum(stay.values())} where {sum(more.values())} are "
             f"needed; set a lower sparsity"
         )
-    missing = sum(max(more[name] - count, 0) for name, count in stay.items())  # as many others go, those of lowest score
+    # as many others go, those of the lowest scores
+    missing = sum(max(more[name] - count, 0) for name, count in stay.items())
     safe = torch.zeros_like(kept)
     for name, part in split(safe, scores).items():
         if name in dense:
