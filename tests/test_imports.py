@@ -17,7 +17,7 @@ LAYERS = [
     {"clock", "schedules", "params", "ranks", "log", "task", "surgery", "optional", "optimizing", "seeds"}
     | {"rng", "files", "sharding", "pickles", "plain_yaml"},
     {"masks", "tweaks"},
-    {"buffers", "moving", "gradients"},
+    {"buffers", "moving", "gradients", "zeros"},
     {"session"},
     {"hooks", "averages", "recipe", "study", "report", "page", "export"},
     {"__init__"},  # the public names: for users; no lower module leans on them

@@ -111,6 +111,7 @@ def _all_finite(grads: list[Tensor]) -> bool:
     """A sum, or a norm where one kernel takes all, is many times as fast as looking at each number; where it overflows,
     as in float16, look closer."""
     parts = [part for grad in grads if (part := local(grad.detach())).numel()]
+    parts = [torch.view_as_real(part.resolve_conj()) if part.is_complex() else part for part in parts]
     if not parts:
         return True
     found = [part.sum() for part in parts] if parts[0].is_cpu else torch._foreach_norm(parts)
