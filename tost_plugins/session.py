@@ -211,7 +211,8 @@ class Session:
             self._gradients.mask() if self._gradients is not None else optimizing.mask_gradients(self._masked)
 
     def after_step(self, step: int | None = None) -> None:
-        """After the optimizer's step: mask weights and optimizer state, then count the step and advance the schedules.
+        """After the optimizer's step: see that weights and optimizer state are 0 outside the mask (`Zeros` says how), then
+        count the step and advance the schedules.
 
         `step` is the number of finished optimizer steps as the trainer counts them; None counts one more.
         """

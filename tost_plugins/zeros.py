@@ -1,4 +1,4 @@
-"""Removed weights stay exactly 0, at a price that a training step does not feel."""
+"""Removed weights stay exactly 0, without multiplying all of them in every step."""
 
 from __future__ import annotations
 
