@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tost_plugins.errors import TostError
-from tost_plugins.hooks import hook
 from tost_plugins.masks.mask import Mask
-from tost_plugins.params import unwrap
-from tost_plugins.recipe import Recipe
-from tost_plugins.session import Report, Session
+from tost_plugins.recipe.recipe import Recipe
+from tost_plugins.session.optimizer_hooks import hook
+from tost_plugins.session.session import Report, Session
+from tost_plugins.training.params import unwrap
 
 
 class TostHook:

@@ -15,14 +15,14 @@ from composer.utils import ensure_tuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tost_plugins.clock import Clock, times_of
 from tost_plugins.errors import TostError
 from tost_plugins.masks.base import Moving
 from tost_plugins.masks.mask import Mask
-from tost_plugins.params import unwrap
-from tost_plugins.recipe import Recipe
-from tost_plugins.session import Session, session_of
-from tost_plugins.task import labels_of, logits_of
+from tost_plugins.recipe.recipe import Recipe
+from tost_plugins.session.session import Session, session_of
+from tost_plugins.training.clock import Clock, times_of
+from tost_plugins.training.params import unwrap
+from tost_plugins.training.task import labels_of, logits_of
 from tost_plugins.tweaks.label_smoothing import check_hard, smooth, smoothed_loss
 
 

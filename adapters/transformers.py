@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
-from tost_plugins.clock import Clock
 from tost_plugins.errors import TostError
-from tost_plugins.log import say
 from tost_plugins.masks.mask import Mask
-from tost_plugins.recipe import Recipe
-from tost_plugins.session import Session, session_of
-from tost_plugins.task import logits_of
+from tost_plugins.recipe.recipe import Recipe
+from tost_plugins.session.session import Session, session_of
+from tost_plugins.training.clock import Clock
+from tost_plugins.training.log import say
+from tost_plugins.training.task import logits_of
 from tost_plugins.tweaks.label_smoothing import smoothed_loss
-from tost_plugins.tweaks.surgery import restore, swap
+from tost_plugins.tweaks.surgery.swap import restore, swap
 
 _WHERE = "Trainer(model=model, callbacks=[TostCallback(...)])"
 

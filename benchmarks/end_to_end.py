@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tost_plugins import Recipe, models, sources
-from tost_plugins.train import train
+from tost_plugins import Recipe
+from tost_plugins.lab import models, sources
+from tost_plugins.lab.train import train
 
 TITLE = "tost train against a loop written by hand"
 ABOUT = """

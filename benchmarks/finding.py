@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from interleave import Ratio, Row, alone, peak, resident, timed
 from torch import nn
 
-from tost_plugins import masks, models
-from tost_plugins.task import Task
+from tost_plugins import masks
+from tost_plugins.lab import models
+from tost_plugins.training.task import Task
 from tost_plugins.tweaks.rescaled_init import rescale
 
 TITLE = "Finding a mask, and the rescaled initialisation"

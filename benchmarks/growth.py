@@ -17,7 +17,8 @@ from step import STATIC
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tost_plugins import Session, models
+from tost_plugins import Session
+from tost_plugins.lab import models
 
 TITLE = "Growth"
 ABOUT = """

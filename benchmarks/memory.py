@@ -16,8 +16,9 @@ from interleave import Ratio, Row, alone, peak, resident
 from safetensors.torch import save_file
 from step import RECIPES, Case, contender
 
-from tost_plugins import Session, models
-from tost_plugins.export import export
+from tost_plugins import Session
+from tost_plugins.lab import models
+from tost_plugins.lab.export import export
 
 TITLE = "Memory and files"
 ABOUT = """

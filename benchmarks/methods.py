@@ -15,10 +15,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from tost_plugins import Recipe, grid
-from tost_plugins.grid import Cell
-from tost_plugins.report import write_csv
-from tost_plugins.studies.base import accuracies
+from tost_plugins import Recipe
+from tost_plugins.lab import grid
+from tost_plugins.lab.grid import Cell
+from tost_plugins.lab.report import write_csv
+from tost_plugins.lab.studies.base import accuracies
 
 EVERY = {"every": "25ba"}  # a short run has fewer than a thousand steps: RigL's 100 would be a handful of updates
 METHODS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tost_plugins.params import prunable
+from tost_plugins.training.params import prunable
 
 Batch = tuple[Tensor, Tensor]
 

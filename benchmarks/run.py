@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from interleave import Ratio, Row, quartiles
 
-from tost_plugins.train import environment
+from tost_plugins.lab.train import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Part -> the script that measures it, and about how many minutes it takes on 2 cores.

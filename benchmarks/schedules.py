@@ -23,7 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tost_plugins import Recipe, Session, data, models, sources
+from tost_plugins import Recipe, Session
+from tost_plugins.lab import data, models, sources
 from tost_plugins.tweaks.ghost_skip import ghosts
 
 

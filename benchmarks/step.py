@@ -15,8 +15,9 @@ from interleave import Contender, Ratio, Row, timed
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from tost_plugins import Session, masks, models
-from tost_plugins.params import prunable
+from tost_plugins import Session, masks
+from tost_plugins.lab import models
+from tost_plugins.training.params import prunable
 
 TITLE = "A training step"
 ABOUT = """

@@ -18,7 +18,7 @@ from step import LIMITS, RECIPES
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from tost_plugins import models
+from tost_plugins.lab import models
 
 TITLE = "A training step under the three trainers"
 ABOUT = """

@@ -35,8 +35,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from tost_plugins import Mask, Recipe, TostError
-from tost_plugins.export import export
-from tost_plugins.recipe import shipped
+from tost_plugins.lab.export import export
+from tost_plugins.recipe.recipe import shipped
 
 ENDINGS: collections.Counter[str] = collections.Counter()
 

@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 from safetensors.torch import load_file
 
-from tost_plugins import cli
+from tost_plugins.lab import cli
 
 TRAINERS = ("torch", "composer", "transformers", "accelerate")
 HOW = ("time", "checkpoint", "file")
@@ -95,7 +95,7 @@ def warm(trainers: list[str]) -> None:
     """Import what a run needs, and run nothing: a fork takes no threads along."""
     importlib.import_module("sklearn.datasets")
     for trainer in trainers:
-        importlib.import_module(f"tost_plugins.loops.{trainer}")
+        importlib.import_module(f"tost_plugins.lab.loops.{trainer}")
 
 
 def shares(methods: list[str], kills: int) -> dict[str, int]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tost_plugins.masks import MASKS, Mask
-from tost_plugins.task import Task
+from tost_plugins.training.task import Task
 
 # What each method is tried with; "file" is added by `methods`, which knows a path.
 OPTIONS = {

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from tost_plugins.masks.grasp import Grasp
-from tost_plugins.masks.magnitude import Magnitude
-from tost_plugins.masks.random import Random
-from tost_plugins.masks.snip import Snip
-from tost_plugins.masks.synflow import SynFlow
+from tost_plugins.masks.methods.grasp import Grasp
+from tost_plugins.masks.methods.magnitude import Magnitude
+from tost_plugins.masks.methods.random import Random
+from tost_plugins.masks.methods.snip import Snip
+from tost_plugins.masks.methods.synflow import SynFlow
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from tost_plugins import Session, ranks
-from tost_plugins.params import prunable
+from tost_plugins import Session
+from tost_plugins.training import ranks
+from tost_plugins.training.params import prunable
 
 MIDDLE, STEPS = 3, 6
 RECIPE = {

@@ -12,9 +12,9 @@ from mask_nets import net
 from torch import Tensor
 
 from tost_plugins import masks
-from tost_plugins.masks.grasp import Grasp
-from tost_plugins.masks.snip import Snip
-from tost_plugins.task import Task
+from tost_plugins.masks.methods.grasp import Grasp
+from tost_plugins.masks.methods.snip import Snip
+from tost_plugins.training.task import Task
 from tost_plugins.tweaks.rescaled_init import rescale
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"

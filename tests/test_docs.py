@@ -13,8 +13,8 @@ from torch import nn
 
 import tost_plugins
 from tost_plugins import Recipe
+from tost_plugins.lab.studies.registry import STUDIES
 from tost_plugins.masks import MASKS
-from tost_plugins.studies import STUDIES
 from tost_plugins.tweaks import TWEAKS
 
 ROOT = Path(__file__).resolve().parent.parent

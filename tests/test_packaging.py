@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {f"tost_plugins/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
 MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "tost_plugins").rglob("*.py")}
 MODULES |= {f"tost_plugins/adapters/{path.name}" for path in (ROOT / "adapters").glob("*.py")}
-PUBLISHED = {f"tost_plugins/published/{path.name}" for path in (ROOT / "tost_plugins" / "published").glob("*.csv")}
+PUBLISHED = {
+    f"tost_plugins/lab/published/{path.name}" for path in (ROOT / "tost_plugins" / "lab" / "published").glob("*.csv")
+}
 
 # Read in an environment that has the package, from a folder that is not the checkout.
 LOOK = """
@@ -26,7 +28,7 @@ for name in ("adapters", "recipes"):
     assert importlib.util.find_spec(name) is None, f"a top-level {name} was installed"
 (script,) = importlib.metadata.entry_points(group="console_scripts", name="tost")
 (entry,) = importlib.metadata.entry_points(group="llmfoundry_algorithms", name="tost")
-assert (script.value, entry.module) == ("tost_plugins.cli:main", "tost_plugins.adapters.composer")
+assert (script.value, entry.module) == ("tost_plugins.__main__:main", "tost_plugins.adapters.composer")
 print(tost_plugins.__file__)
 for file in importlib.resources.files("tost_plugins.recipes").iterdir():
     if file.name.endswith(".yaml"):

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from tost_plugins.adapters.composer import TostAlgorithm
     from tost_plugins.adapters.transformers import TostCallback
     from tost_plugins.errors import TostError
-    from tost_plugins.masks.lottery_ticket import LotteryTicket
+    from tost_plugins.lottery.ticket import LotteryTicket
     from tost_plugins.masks.mask import Mask
-    from tost_plugins.recipe import Recipe
-    from tost_plugins.session import Session
+    from tost_plugins.recipe.recipe import Recipe
+    from tost_plugins.session.session import Session
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,10 +30,10 @@ __all__ = [
 ]
 
 _HOME = {
-    "LotteryTicket": "masks.lottery_ticket",
+    "LotteryTicket": "lottery.ticket",
     "Mask": "masks.mask",
-    "Recipe": "recipe",
-    "Session": "session",
+    "Recipe": "recipe.recipe",
+    "Session": "session.session",
     "TostAlgorithm": "adapters.composer",
     "TostCallback": "adapters.transformers",
     "TostError": "errors",

@@ -1,5 +1,6 @@
 """`python -m tost_plugins` is `tost`."""
 
-from tost_plugins.cli import main
+from tost_plugins.lab.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

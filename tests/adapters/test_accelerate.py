@@ -23,7 +23,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import GeneralTracker, on_main_process
 
 from tost_plugins import Mask, TostError, TostHook, masks
-from tost_plugins.params import prunable
+from tost_plugins.training.params import prunable
 
 RANK = Path(__file__).resolve().parent.parent / "ranks" / "accelerate_ddp.py"
 PER_EPOCH, STEPS = 4, 10

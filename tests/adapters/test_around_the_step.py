@@ -9,7 +9,7 @@ from step_cases import SIZE, TRAINERS, Around, train
 from torch import Tensor
 
 from tost_plugins import Mask, Session, TostError
-from tost_plugins.params import prunable
+from tost_plugins.training.params import prunable
 
 RANDOM = {"kind": "random", "sparsity": 0.6, "allocation": "uniform"}
 RIGL = {"kind": "rigl", "sparsity": 0.6, "every": "2ba", "until": "8ba", "drop": 0.6}

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from tost_plugins import Mask, models
-from tost_plugins.cli import app
+from tost_plugins import Mask
+from tost_plugins.lab import models
+from tost_plugins.lab.cli import app
 
 TRAINERS = [name for name in ("torch", "composer", "transformers", "accelerate")
             if name == "torch" or importlib.util.find_spec(name)]  # fmt: skip

@@ -31,9 +31,9 @@ from composer.optim import CosineAnnealingScheduler, DecoupledAdamW, DecoupledSG
 
 from tost_plugins.adapters.composer import TostAlgorithm, apply_tost
 from tost_plugins.errors import TostError
-from tost_plugins.export import export
+from tost_plugins.lab.export import export
 from tost_plugins.masks.mask import Mask
-from tost_plugins.params import prunable
+from tost_plugins.training.params import prunable
 from tost_plugins.tweaks.ghost_skip import ghosts
 
 pytestmark = [

@@ -13,10 +13,11 @@ from moving_cases import MOVES, MOVING, STEPS, Digits
 from torch import Tensor
 
 from tost_plugins import Mask
-from tost_plugins.buffers import beside
-from tost_plugins.params import prunable
-from tost_plugins.recipe import Recipe
-from tost_plugins.train import Stopped, prepare
+from tost_plugins.lab.job import Stopped
+from tost_plugins.lab.train import prepare
+from tost_plugins.recipe.recipe import Recipe
+from tost_plugins.session.buffers import beside
+from tost_plugins.training.params import prunable
 
 TRAINERS = ("torch", "accelerate", "transformers", "composer")
 CASES = {**MOVING, "dnw_frozen": {**MOVING["dnw_frozen"], "freeze": "1ep"}}
@@ -53,7 +54,7 @@ def run(spec: Recipe, out: Path, stop: int = 0, resume: bool = False) -> Run:
             job.stop = values["step"] == stop
 
     job.listen = listen
-    train = importlib.import_module(f"tost_plugins.loops.{spec.trainer}").run
+    train = importlib.import_module(f"tost_plugins.lab.loops.{spec.trainer}").run
     with pytest.raises(Stopped) if stop else contextlib.nullcontext():
         session = train(job, resume)
         assert session.mask == Mask.from_zeros(prunable(job.model)) and session.clock.step == STEPS

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tost_plugins import Mask, TostError, models
-from tost_plugins.recipe import Recipe
-from tost_plugins.train import Stopped, prepare, train
+from tost_plugins import Mask, TostError
+from tost_plugins.lab import models
+from tost_plugins.lab.job import Stopped
+from tost_plugins.lab.train import prepare, train
+from tost_plugins.recipe.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS, PER_EPOCH = 8, 4
@@ -226,7 +228,7 @@ def test_dropout_is_the_same_everywhere_and_after_a_stop(tmp_path: Path) -> None
     for trainer in filter(installed, TRAINERS):
         for stopped in (False, True):
             out = tmp_path / f"{trainer}{stopped}"
-            run = importlib.import_module(f"tost_plugins.loops.{trainer}").run
+            run = importlib.import_module(f"tost_plugins.lab.loops.{trainer}").run
             for resume in (False, True) if stopped else (False,):
                 job = prepare(recipe(trainer), out)
                 out.mkdir(exist_ok=True)
@@ -245,8 +247,9 @@ def test_dropout_is_the_same_everywhere_and_after_a_stop(tmp_path: Path) -> None
 
 SHELL = """
 import os, signal, sys
-from tost_plugins.recipe import Recipe
-from tost_plugins.train import Stopped, train
+from tost_plugins.recipe.recipe import Recipe
+from tost_plugins.lab.job import Stopped
+from tost_plugins.lab.train import train
 press = lambda event, values: values.get("step") == 3 and os.kill(os.getpid(), signal.SIGINT)
 for path in sys.argv[1:]:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -28,8 +28,8 @@ from transformers import (
 
 from tost_plugins import Mask, Session, TostCallback, TostError
 from tost_plugins.adapters.transformers import SmoothsOwnLoss
-from tost_plugins.params import prunable
-from tost_plugins.tweaks.surgery import mixins_of, swap
+from tost_plugins.training.params import prunable
+from tost_plugins.tweaks.surgery.swap import mixins_of, swap
 
 RANK = Path(__file__).resolve().parent.parent / "ranks" / "transformers_ddp.py"
 STEPS = 10  # of one whole run: 2.5 epochs of 4 batches

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from watch import Watch
 
 from tost_plugins import TostHook
-from tost_plugins.params import prunable
+from tost_plugins.training.params import prunable
 
 PER_EPOCH, STEPS, MIDDLE = 4, 7, 3
 SEEDED = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=1)

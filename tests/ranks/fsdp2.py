@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tost_plugins import Session, TostError, TostHook
-from tost_plugins.params import prunable
+from tost_plugins.training.params import prunable
 
 STEPS, MIDDLE, PLAIN = 8, 3, 7
 RECIPE = {

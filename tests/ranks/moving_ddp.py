@@ -13,9 +13,10 @@ from moving_cases import MOVING, Digits, digits, history
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tost_plugins import Session, seeds
-from tost_plugins.clock import Clock
-from tost_plugins.params import prunable
+from tost_plugins import Session
+from tost_plugins.training import seeds
+from tost_plugins.training.clock import Clock
+from tost_plugins.training.params import prunable
 
 Batch = tuple[Tensor, Tensor]
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tost_plugins.task import Task
+from tost_plugins.training.task import Task
 from tost_plugins.tweaks.rescaled_init import rescale
 
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from watch import Watch
 
 from tost_plugins import TostCallback, TostError
-from tost_plugins.params import prunable
+from tost_plugins.training.params import prunable
 
 RECIPE = {
     "mask": {"kind": "snip", "sparsity": 0.6},

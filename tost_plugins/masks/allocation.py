@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from tost_plugins.errors import TostError, unknown
-from tost_plugins.params import some
+from tost_plugins.training.params import some
 
 Shape = Sequence[int]
 

@@ -9,9 +9,9 @@ import torch
 from pydantic import AfterValidator, ConfigDict, Field
 from torch import Tensor
 
-from tost_plugins.clock import Clock
 from tost_plugins.masks.mask import Mask
-from tost_plugins.task import Task
+from tost_plugins.training.clock import Clock
+from tost_plugins.training.task import Task
 
 #: How every method is declared: `@pydantic.dataclasses.dataclass(frozen=True, config=STRICT, kw_only=True)`.
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=False)

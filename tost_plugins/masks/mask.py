@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tost_plugins import pickles
 from tost_plugins.errors import TostError
-from tost_plugins.files import replacing
-from tost_plugins.params import clean_name, some
-from tost_plugins.sharding import whole
+from tost_plugins.files import pickles
+from tost_plugins.files.atomic import replacing
+from tost_plugins.training.params import clean_name, some
+from tost_plugins.training.sharding import whole
 
 _FORMAT = "tost_mask"
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tost_plugins.errors import TostError
-from tost_plugins.log import say
-from tost_plugins.masks.scores import pick
-from tost_plugins.params import PRUNABLE, plain_modules
-from tost_plugins.task import LABELS, Task, logits_of
+from tost_plugins.masks.scoring import pick
+from tost_plugins.training.log import say
+from tost_plugins.training.params import PRUNABLE, plain_modules
+from tost_plugins.training.task import LABELS, Task, logits_of
 
 Shape = tuple[int, ...]
 

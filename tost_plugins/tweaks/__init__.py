@@ -1,4 +1,8 @@
-"""The registry of tweaks: file name -> class. A new tweak is one file and one row here."""
+"""Changes of the training that end, one file each, and their registry: a recipe's `kind` -> its class. A new tweak is one
+file and one row here. Nothing here knows masks' methods, sessions or recipes.
+
+May import: errors, training.
+"""
 
 from tost_plugins.tweaks.base import Tweak
 from tost_plugins.tweaks.ghost_skip import GhostSkip

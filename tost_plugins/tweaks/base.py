@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from tost_plugins.clock import Clock
-from tost_plugins.task import Task
+from tost_plugins.training.clock import Clock
+from tost_plugins.training.task import Task
 
 #: How every tweak is declared: `@pydantic.dataclasses.dataclass(frozen=True, config=STRICT, kw_only=True)`.
 STRICT = ConfigDict(extra="forbid")

@@ -13,17 +13,17 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tost_plugins import ranks
-from tost_plugins.clock import Clock, Time, TimeField
 from tost_plugins.errors import Inapplicable, TostError
-from tost_plugins.params import plain_modules, some
-from tost_plugins.schedules import SCHEDULES
-from tost_plugins.sharding import is_part
-from tost_plugins.task import Task
-from tost_plugins.tweaks.alive import alive_channels
+from tost_plugins.training import ranks
+from tost_plugins.training.clock import Clock, Time, TimeField
+from tost_plugins.training.params import plain_modules, some
+from tost_plugins.training.schedules import SCHEDULES
+from tost_plugins.training.sharding import is_part
+from tost_plugins.training.task import Task
 from tost_plugins.tweaks.base import STRICT, Tweak
-from tost_plugins.tweaks.surgery import mixins_of, restore, swap
-from tost_plugins.tweaks.trace import pairs
+from tost_plugins.tweaks.surgery.alive import alive_channels
+from tost_plugins.tweaks.surgery.swap import mixins_of, restore, swap
+from tost_plugins.tweaks.surgery.trace import pairs
 
 _LAYERS = {
     1: (nn.Conv1d, nn.BatchNorm1d),

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vjp
 from torch.overrides import TorchFunctionMode
 
-from tost_plugins import ranks
 from tost_plugins.errors import Inapplicable, TostError
-from tost_plugins.log import say
-from tost_plugins.params import clean_name, plain_modules
-from tost_plugins.task import Task, to_device, untouched
+from tost_plugins.training import ranks
+from tost_plugins.training.log import say
+from tost_plugins.training.params import clean_name, plain_modules
+from tost_plugins.training.task import Task, to_device, untouched
 from tost_plugins.tweaks.base import STRICT, Tweak
 
 _Positive = Annotated[float, Field(gt=0)]

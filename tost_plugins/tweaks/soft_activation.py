@@ -13,13 +13,14 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tost_plugins.clock import Clock, Time, TimeField
 from tost_plugins.errors import Inapplicable
-from tost_plugins.params import device_of, plain_modules
-from tost_plugins.schedules import SCHEDULES
+from tost_plugins.training.clock import Clock, Time, TimeField
+from tost_plugins.training.functions import RELUS
+from tost_plugins.training.params import device_of, plain_modules
+from tost_plugins.training.schedules import SCHEDULES
 from tost_plugins.tweaks.base import STRICT, Tweak
-from tost_plugins.tweaks.surgery import mixins_of, original_class, restore, swap
-from tost_plugins.tweaks.trace import RELUS, trace
+from tost_plugins.tweaks.surgery.swap import mixins_of, original_class, restore, swap
+from tost_plugins.tweaks.surgery.trace import trace
 
 #: The beta of a checkpoint from after the end: as good as ReLU, and within the range of half precision.
 RELU = 1e4

@@ -1,0 +1,337 @@
+"""Every study of `tost study`, small; and the grid below them: nothing runs twice, what was killed goes on."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from tost_plugins import Mask, Recipe, TostError
+from tost_plugins.lab import grid
+from tost_plugins.lab.cli import app
+from tost_plugins.lab.page import page
+from tost_plugins.lab.studies import registry as studies
+from tost_plugins.lab.train import prepare
+from tost_plugins.training.params import prunable
+
+for needed in ("sklearn", "matplotlib", "scipy"):
+    pytest.importorskip(needed)
+
+TINY = ["data.limit=96", "data.batch_size=32", "duration=1ep"]
+
+
+class Done:
+    """A study's folder, when it is done."""
+
+    def __init__(self, name: str, out: Path) -> None:
+        self.name, self.out = name, out
+        self.result = studies.run(name, out, "smoke", TINY, 1)
+        self.rows: list[dict[str, Any]] = self.result["rows"]
+
+    def cell(self, start: str) -> Path:
+        (found,) = [path for path in self.out.iterdir() if path.is_dir() and path.name.startswith(start)]
+        return grid.last_run(found)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("studies")
+
+
+@pytest.fixture
+def done(request: pytest.FixtureRequest, folder: Path) -> Done:
+    return Done(request.param, folder / request.param)
+
+
+def study(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("done", [name], indirect=True)
+
+
+def masks(folder: Path) -> list[Mask]:
+    return [Mask.load(path / "mask.safetensors") for path in sorted(folder.iterdir()) if path.is_dir()]
+
+
+@study("ablation")
+def test_ablation_trains_every_tweak_on_one_mask(done: Done) -> None:
+    trainings = ["plain", "ghost_skip", "soft_activation", "rescaled_init", "label_smoothing", "all"]
+    accuracy = {row["training"]: row["value"] for row in done.rows if row["quantity"] == "test accuracy (%)"}
+    gain = {row["training"]: row["value"] for row in done.rows if row["quantity"] == "gain over plain (points)"}
+    assert list(accuracy) == trainings and gain == {name: accuracy[name] - accuracy["plain"] for name in trainings[1:]}
+    found = masks(done.out)
+    assert len(found) == 6 and all(mask == found[0] for mask in found)
+    used = [json.loads((done.cell(f"{name}-") / "result.json").read_text())["tweaks"] for name in trainings]
+    assert used[0] == [] and used[1] == ["ghost_skip"] and len(used[-1]) == 4
+
+
+@study("sparsity-sweep")
+def test_the_sweep_reaches_its_sparsities(done: Done) -> None:
+    assert len(done.rows) == 6  # four runs, and what two of them gain
+    assert all(row["sparsity_reached"] == pytest.approx(row["sparsity"], abs=1e-4) for row in done.rows)
+
+
+@study("density-benefit")
+def test_the_benefit_is_the_difference_to_plain_training(done: Done) -> None:
+    assert len(done.rows) == 4
+    for row in done.rows:
+        plain = json.loads((done.cell(f"{row['sparsity']}-plain") / "result.json").read_text())["test_accuracy"]
+        assert row["gain"] == pytest.approx(row["test_accuracy"] - plain)
+    assert {row["sparsity_reached"] for row in done.rows if row["sparsity"] == 0} == {0}
+
+
+@study("ghostliness")
+def test_ghosts_that_vanished_make_no_difference_at_the_end(done: Done) -> None:
+    found = {(row["training"], row["network"]): row["test_accuracy"] for row in done.rows}
+    assert len(found) == 6
+    for training in ("no ghosts", "ghosts that vanish"):
+        assert found[training, "as trained"] == found[training, "the plain one left"]
+    curves = json.loads((done.cell("ghosts_for") / "result.json").read_text())["curves"]
+    assert {point["tost/ghost_skip/alpha"] for point in curves} == {1.0}
+
+
+@study("pswish")
+def test_the_curves_need_no_training(done: Done) -> None:
+    assert len({row["curve"] for row in done.rows}) == 6 and done.result["recipes"] == {}
+
+
+@study("activation-sparsity")
+def test_the_activation_sparsity_of_relu_is_what_is_counted_afterwards(done: Done) -> None:
+    by_training: dict[str, list[float]] = {}
+    for row in done.rows:
+        by_training.setdefault(row["training"], []).append(row["zeros"])
+    assert list(by_training) == ["ReLU", "Swish", "Mish", "PSwish, beta 1 to 10"]
+    assert max(sum(by_training[soft]) for soft in ("Swish", "Mish")) < sum(by_training["ReLU"]) / 4
+    run = done.cell("ReLU")
+    job = prepare(Recipe.load(run / "recipe.yaml"), run)
+    job.model.load_state_dict(load_file(run / "model.safetensors"))
+    zeros: dict[str, list[float]] = {}  # a module that is called twice is two layers
+    for name, module in job.model.named_modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.register_forward_hook(
+                lambda m, x, out, name=name: zeros.setdefault(name, []).append(
+                    100 * float((out < 1e-6).double().mean())
+                )
+            )
+    job.evaluate(job.model, job.data.test)  # 360 images: one batch
+    counted = sorted(value for values in zeros.values() for value in values)
+    assert sorted(by_training["ReLU"]) == pytest.approx(counted)
+
+
+@study("curvature")
+def test_no_subspace_is_sharper_than_the_whole(done: Done) -> None:
+    found = {(row["training"], row["epoch"], row["space"]): row["eigenvalue"] for row in done.rows}
+    assert len(found) == 3 * 2 * 2
+    for (training, epoch, space), value in found.items():
+        if space == "kept weights":
+            assert value <= found[training, epoch, "all weights"] * 1.02 + 1e-3
+
+
+@study("reinit")
+def test_structures_are_trained_again_as_they_say(done: Done) -> None:
+    assert len(done.rows) == 3 * (1 + 3 + 2)
+    for method in ("lottery_ticket", "dnw", "rigl"):
+        parent, *_ = found = [
+            Mask.load(done.cell(f"{method}-0.9-{start}") / "mask.safetensors")
+            for start in (
+                "seed0",
+                "its_own_first_weights",
+                "its_own_first_signs",
+                "new_weights",
+                "random_structure__new",
+            )
+        ]
+        assert all(mask == parent for mask in found[:4]) and found[4] != parent
+        assert found[4].sparsities() == parent.sparsities()
+    seeds = {name: content["seed"] for name, content in done.result["recipes"].items() if name.startswith("dnw")}
+    assert seeds["dnw-0.9-new_weights-1-seed0"] == 1000 and seeds["dnw-0.9-its_own_first_weights-seed0"] == 0
+
+
+@study("robustness")
+def test_pruning_by_nothing_is_the_trained_network(done: Done) -> None:
+    methods = {row["method"] for row in done.rows}
+    assert len(methods) == 6 and len(done.rows) == 6 * 4 * 3 * 2
+    for method in methods:
+        whole = {
+            row["accuracy"]
+            for row in done.rows
+            if row["method"] == method and row["share"] == 0 and row["norms"] == "kept"
+        }
+        folder = done.cell(method.replace(", ", "__").replace(" ", "_") + "-")
+        assert whole == {json.loads((folder / "result.json").read_text())["test_accuracy"]}
+
+
+@study("in-degree")
+def test_a_static_random_mask_keeps_its_binomial_spread(done: Done) -> None:
+    spread = [row for row in done.rows if row["quantity"].startswith("spread")]
+    static = [row["value"] for row in spread if row["method"] == "random, static"]
+    assert len(static) > 1 and set(static) == {static[0]} and static[0] == pytest.approx(1, abs=0.15)
+    assert all(row["value"] == 0 for row in done.rows if row["quantity"].startswith("dead") and row["epoch"] == 0)
+    assert len({row["method"] for row in spread}) == 5
+
+
+@study("emergence")
+def test_the_last_mask_is_the_final_one(done: Done) -> None:
+    final = [row for row in done.rows if row["quantity"].endswith("final mask")]
+    assert len({row["method"] for row in final}) == 4
+    assert {row["value"] for row in final if row["epoch"] == 1} == {1.0}
+    assert all(0 < row["value"] <= 1 for row in final)
+    assert min(row["value"] for row in final if row["epoch"] == 0) < 1
+
+
+@study("freeze")
+def test_a_structure_that_is_frozen_at_once_never_moves(done: Done) -> None:
+    assert [row["moves_for"] for row in done.rows[::2]] == ["0", "1", "all"]
+    with (done.cell("dnw-0ep") / "movement.csv").open() as file:
+        assert {row["changed"] for row in csv.DictReader(file)} == {"0.0"}
+    with (done.cell("dnw-all") / "movement.csv").open() as file:
+        assert {row["changed"] for row in csv.DictReader(file)} != {"0.0"}
+    assert all(row["value"] > 0 for row in done.rows)
+
+
+def test_one_page_holds_every_study_that_was_run(folder: Path) -> None:
+    studies.run("pswish", folder / "pswish")
+    made = page(folder, folder / "report.html")
+    text = (folder / "report.html").read_text()
+    names = [path.stem for path in folder.glob("*/*.png")]
+    assert made["studies"] == len(names) >= 1
+    assert text.count("data:image/png;base64,") == text.count("<img ") == len(names)
+    assert all(f"<h2>{name} (smoke)</h2>" in text for name in names)
+    assert 'src="http' not in text and "<script" not in text and "<link" not in text
+    with pytest.raises(TostError, match="expected a folder with studies"):
+        page(folder / "pswish" / "nothing", folder / "other.html")
+
+
+# ---- the command, and the grid
+
+
+def tost(*args: object) -> str:
+    result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def sets(*changes: str) -> list[str]:
+    return [part for change in changes for part in ("--set", change)]
+
+
+def test_the_command_counts_runs_then_runs_what_is_left(tmp_path: Path) -> None:
+    args = ("study", "freeze", *sets(*TINY, "duration=1ep"), "--out", tmp_path / "f", "--json")
+    before = json.loads(tost(*args, "--dry-run"))
+    assert before == {"cells": 3, "left": 3, "seconds": None} and not (tmp_path / "f").exists()
+    summary = json.loads(tost(*args))["summary"]
+    assert json.loads(tost(*args, "--dry-run"))["left"] == 0
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    (tmp_path / "f/dnw-1ep-seed0/cell.json").unlink()
+    plan = json.loads(tost(*args, "--dry-run"))
+    assert plan["left"] == 1 and plan["seconds"] > 0
+    accuracies = [row["value"] for row in summary if row["quantity"].startswith("test")]
+    again = json.loads(tost(*args))["summary"]
+    assert [row["value"] for row in again if row["quantity"].startswith("test")] == accuracies
+    assert stamps == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert {path.name for path in (tmp_path / "f").glob("freeze*")} == {
+        "freeze.csv", "freeze-summary.csv", "freeze.json", "freeze.png",
+    }  # fmt: skip
+    with pytest.raises(TostError, match="got dnw-0ep-seed0 of others"):
+        tost("study", "freeze", *sets(*TINY, "optimizer.lr=0.2"), "--out", tmp_path / "f")
+
+
+def test_what_cannot_be_studied_is_one_line() -> None:
+    with pytest.raises(TostError, match="tost study: expected a known study, got 'ablatoin'; did you mean 'ablation'"):
+        tost("study", "ablatoin")
+    with pytest.raises(TostError, match="--size: expected a known size"):
+        tost("study", "freeze", "--size", "huge")
+    with pytest.raises(TostError, match="--seeds: expected at least 1"):
+        tost("study", "freeze", "--seeds", "0")
+    assert {row["name"] for row in json.loads(tost("study", "list", "--json"))} == set(studies.STUDIES)
+
+
+def test_side_by_side_gives_what_one_after_another_gives(tmp_path: Path) -> None:
+    cells = [cell for cell in studies.cells("reinit", "smoke", TINY, 1) if cell.name.startswith("dnw")]
+    cells = [cell for cell in cells if "random_structure__new" in cell.name or cell.parent is None]
+    one, two = (grid.run(cells, tmp_path / str(jobs), jobs) for jobs in (1, 2))
+    assert [r["name"] for r in one] == [r["name"] for r in two] == [cell.name for cell in cells] and len(cells) == 2
+    for a, b in zip(one, two, strict=True):
+        assert a["result"]["history"] == b["result"]["history"]
+        assert (a["folder"] / "model.safetensors").read_bytes() == (b["folder"] / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_cell_that_another_process_runs_is_left_for_later(jobs: int, tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    cells = studies.cells("reinit", "smoke", TINY, 1)
+    parent, child, other = (
+        next(cell for cell in cells if start in cell.name)
+        for start in ("dnw-0.9-seed", "dnw-0.9-its_own_first_weights", "rigl-0.9-seed")
+    )
+    (tmp_path / parent.name).mkdir()
+    order = []
+    with (tmp_path / parent.name / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another process would
+
+        def listen(event: str, values: dict[str, Any]) -> None:
+            if event == "cell":
+                order.append(values["name"])
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+        records = grid.run([parent, child, other], tmp_path, jobs, listen=listen)
+    assert order == [other.name, parent.name, child.name]
+    assert [record["name"] for record in records] == [parent.name, child.name, other.name]
+
+
+def test_a_ticket_is_found_once_and_then_trained_with_every_tweak(tmp_path: Path) -> None:
+    ticket = ["mask={kind: lottery_ticket, sparsity: 0.9, prune: 0.7, on_collapse: keep_one}", "duration=2ba"]
+    cells = studies.cells("ablation", "smoke", [*TINY, *ticket], 1)
+    assert [cell.name for cell in cells if cell.parent is None] == ["ticket-seed0"] and len(cells) == 7
+    records = grid.run([cells[0], cells[1], cells[3]], tmp_path)
+    found = [Mask.load(record["folder"] / "mask.safetensors") for record in records]
+    assert found[0] == found[1] == found[2] and found[0].sparsity == pytest.approx(0.9, abs=0.02)
+    assert records[0]["folder"].name.startswith("round-") and not records[0]["labels"]
+    rows = studies.STUDIES["ablation"].rows(records, "smoke")
+    assert [row["training"] for row in rows] == ["plain", "soft_activation", "soft_activation"]
+
+
+def test_constant_signs_start_a_run(tmp_path: Path) -> None:
+    recipe = Recipe.from_dict(
+        {"mask": {"kind": "random", "sparsity": 0.5}, "model": "cifar/resnet8", "duration": "1ba"}
+    )
+    own = prunable(prepare(recipe, tmp_path).model)
+    model = prepare(recipe, tmp_path).model
+    grid._signs(model, None)
+    for name, weight in prunable(model).items():
+        assert weight.abs().unique().numel() == 1 and bool((weight.sign() == own[name].sign()).all())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("jobs", "how"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGINT)])
+def test_a_killed_study_goes_on(jobs: int, how: signal.Signals, tmp_path: Path) -> None:
+    changes = ["data.limit=128", "data.batch_size=16", "duration=3ep"]
+    command = [sys.executable, "-m", "tost_plugins", "study", "ablation", *sets(*changes), "--json"]
+    command += ["--jobs", str(jobs), "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(list((tmp_path / "killed").glob("*/cell.json"))) < 2:
+        time.sleep(0.02)
+    process.send_signal(how)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == (130 if how == signal.SIGINT else -how), said
+    finished = {path: path.read_text() for path in (tmp_path / "killed").glob("*/cell.json")}
+    assert 2 <= len(finished) < 6
+    subprocess.run(command, env=os.environ, check=True, timeout=300, capture_output=True)
+    assert all(path.read_text() == text for path, text in finished.items())
+    whole = studies.run("ablation", tmp_path / "whole", "smoke", changes)
+    killed = json.loads((tmp_path / "killed/ablation.json").read_text())
+    assert killed["rows"] == whole["rows"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", list(studies.STUDIES))
+def test_every_study_at_its_smoke_size(name: str, tmp_path: Path) -> None:
+    result = studies.run(name, tmp_path, "smoke")
+    assert result["rows"] and (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

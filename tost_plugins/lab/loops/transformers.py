@@ -1,0 +1,124 @@
+"""The Hugging Face Trainer with TostCallback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from tost_plugins.adapters.transformers import TostCallback
+from tost_plugins.lab import checkpoints
+from tost_plugins.lab.data import Loader
+from tost_plugins.lab.job import Job, Stopped
+from tost_plugins.session.session import Session
+
+_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+class _Named(nn.Module):
+    """Our networks take a tensor; the Trainer passes a batch's columns by name."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self.job, self.module = job, job.model  # this name is a wrapper's to every mask: weights keep theirs
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        return {"logits": self.job.forward(self.module, pixel_values)}
+
+
+class _Columns:
+    """The loader's batches as columns, from optimizer step `first` of `total` on; the Trainer calls `set_epoch`."""
+
+    def __init__(self, loader: Loader, first: int, total: int) -> None:
+        self.loader, self.batch_size, self.dataset = loader, loader.batch_size, loader.dataset
+        self.epoch, self.start = divmod(first, len(loader))
+        self.done = first >= total  # the Trainer takes a step before it looks whether it was to take any
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        start = len(self) if self.done else self.start if self.loader.epoch == self.epoch else 0
+        for images, labels in self.loader.iterate(start):
+            yield {"pixel_values": images, "labels": labels}
+
+    def set_epoch(self, epoch: int) -> None:
+        self.loader.set_epoch(epoch)
+
+
+class _Trainer(Trainer):
+    """The Trainer on a loader that is made already."""
+
+    def __init__(self, columns: _Columns, **kwargs: Any) -> None:
+        self.columns = columns
+        super().__init__(**kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        return self.columns
+
+
+class _Watch(TrainerCallback):
+    """Follows the run: evaluation, checkpoints, Ctrl-C."""
+
+    def __init__(self, job: Job, tost: TostCallback) -> None:
+        self.job, self.tost = job, tost
+        self.loss, self.stop = 0.0, False
+
+    def criterion(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        loss = self.tost.criterion(F.cross_entropy)(outputs, labels, num_items_in_batch)
+        self.loss = loss.item()
+        return loss
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        job, lr = self.job, kwargs["lr_scheduler"].get_last_lr()[0]
+        control.should_save = job.after_step(state.global_step, self.loss, job.model, self.tost.session, lr)
+        self.stop = control.should_save and job.stop  # asked once: a later Ctrl-C is for the next step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop and state.global_step < self.job.total_steps:
+            raise Stopped(f"stopped at step {state.global_step} of {self.job.total_steps}")
+
+
+def run(job: Job, resume: bool) -> Session:
+    """Train, from the last checkpoint with `resume`."""
+    saved = _saved(job) if resume else {}
+    step = checkpoints.last(saved, job.model, _FILES)
+    model = _Named(job)
+    optimizer = job.optimizer(model.parameters())
+    tost = TostCallback(job.recipe, mask=job.mask)
+    watch = _Watch(job, tost)
+    args = TrainingArguments(
+        output_dir=str(job.checkpoints),
+        max_steps=job.total_steps,
+        per_device_train_batch_size=job.recipe.data.batch_size,
+        max_grad_norm=0,
+        save_strategy="no",
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        ignore_data_skip=True,  # our loader starts in the middle of an epoch by itself
+        use_cpu=job.device.type == "cpu",
+        seed=job.recipe.seed,
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # one GPU, like the other trainers here; with several it takes DataParallel
+    trainer = _Trainer(
+        _Columns(job.loader, step, job.total_steps), model=model, args=args, callbacks=[tost, watch],
+        compute_loss_func=watch.criterion, optimizers=(optimizer, job.scheduler(optimizer)),
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    if step:
+        job.rewind_history(step)
+    trainer.train(resume_from_checkpoint=str(saved[step]) if step else None)
+    return tost.session
+
+
+def _saved(job: Job) -> dict[int, Path]:
+    """Step -> folder of the checkpoints that were not being written: the Trainer puts its own state there last."""
+    states = filter(checkpoints.is_whole, job.checkpoints.glob("checkpoint-*/trainer_state.json"))
+    return {int(path.parent.name.rpartition("-")[2]): path.parent for path in states}

@@ -1,0 +1,76 @@
+"""`tost lottery`: the rounds of a lottery ticket, each a run of the recipe, under any of the four trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tost_plugins.errors import TostError
+from tost_plugins.files.atomic import copy_folder
+from tost_plugins.lab.job import Listener
+from tost_plugins.lab.train import check_out, prepare, train
+from tost_plugins.lottery.rounds import each, first_step
+from tost_plugins.masks.mask import Mask, read_tensors
+from tost_plugins.masks.methods.lottery_ticket import LotteryTicket
+from tost_plugins.recipe.recipe import Recipe
+from tost_plugins.training.clock import Clock
+from tost_plugins.training.params import clean_name, prunable
+
+
+def lottery(
+    recipe: Recipe, out: str | Path, resume: bool = False, listen: Listener | None = None
+) -> list[dict[str, Any]]:
+    """Train a recipe whose mask is a lottery_ticket, round after round in `out`/round-00 and so on, tweaks included.
+
+    The dense round keeps the trainer's own checkpoint of the moment `rewind`; each later round resumes from a copy of
+    it, masked: weights, buffers, optimizer, learning-rate schedule, place in the data and random states. With the
+    default, 0ba, each round begins as any run of the recipe does, from the same initial weights. Returns a row per
+    round: sparsity, kept weights, test accuracy and, where the data holds some out, validation accuracy, in percent;
+    they are in `out`/lottery.csv as soon as a round is done (then `listen("round", row)` is called).
+
+    With `resume` finished rounds are not run again, and the one that was stopped goes on from its last checkpoint.
+    Raises TostError for a recipe with another mask, and for a `rewind` beyond the run; Stopped after Ctrl-C.
+    """
+    ticket, out, listen = recipe.mask, Path(out), listen or (lambda event, values: None)
+    if not isinstance(ticket, LotteryTicket):
+        raise TostError(
+            f"tost lottery: expected a recipe whose mask is a lottery_ticket, got {ticket.kind!r}; "
+            f"write mask: {{kind: lottery_ticket, sparsity: 0.9}}, or use tost train"
+        )
+    check_out(out, recipe, resume)
+    job = prepare(recipe, out)
+    first = first_step(ticket.rewind, Clock(0, job.total_steps, job.steps_per_epoch))
+    dense = Mask.dense(prunable(job.model, ticket.ignore))
+    out.mkdir(parents=True, exist_ok=True)
+    recipe.to_yaml(out / "recipe.yaml")
+    del job
+    last = len(ticket.sparsities()) - 1
+
+    def one(number: int, folder: Path, mask: Mask) -> tuple[Mapping[str, Tensor], dict[str, float]]:
+        def named(event: str, values: dict[str, Any]) -> None:
+            title = f"{recipe.name}, round {number} of {last}, sparsity {mask.sparsity:.4f}"
+            listen(event, {**values, "name": title} if event == "run" else values)
+
+        if number and first:
+            copy_folder(out / "round-00" / "early", folder / "checkpoints")
+        result = train(recipe, folder, True, mask, named, 0 if number else first)
+        return _weights(folder), _scores(recipe, result)
+
+    rows = []
+    for row in each(ticket, dense, out, one):
+        rows.append(row)
+        listen("round", row)
+    return rows
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """Those that a round's run ended with."""
+    return {clean_name(name): tensor for name, tensor in read_tensors(folder / "model.safetensors")[0].items()}
+
+
+def _scores(recipe: Recipe, result: Mapping[str, Any]) -> dict[str, float]:
+    held_out = {"validation_accuracy": result["history"][-1]["accuracy"]} if recipe.data.validation else {}
+    return {"test_accuracy": result["test_accuracy"], **held_out}

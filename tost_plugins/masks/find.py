@@ -1,0 +1,86 @@
+"""One call that finds a mask, for any training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from tost_plugins.errors import TostError, from_pydantic, unknown
+from tost_plugins.masks.base import MaskMethod
+from tost_plugins.masks.mask import Mask
+from tost_plugins.masks.methods import MASKS
+from tost_plugins.training import ranks
+from tost_plugins.training.params import prunable, unwrap
+from tost_plugins.training.task import Task
+
+
+def find(
+    model: nn.Module,
+    kind: str | MaskMethod,
+    sparsity: float | None = None,
+    batches: Iterable[Any] | None = None,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> Mask:
+    """Find a mask for a model in one call, for any training loop; the model is left as it was.
+
+    `kind` is a name in `MASKS`, with `sparsity` (share of removed weights in [0, 1), 0 is dense) and
+    `options` for its fields, or a method made already, such as `Snip(sparsity=0.9, batches=4)`. Methods
+    that look at data take `batches` (a DataLoader or a list, not an iterator) and `loss_fn(logits,
+    labels)`, by default the loss that the model returns, or cross entropy. Wrappers (DDP, torch.compile)
+    are looked through. With torch.distributed, call it on every rank: all get the same mask. Raises
+    TostError, which starts with `masks.find(kind)`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> mask = find(net, "synflow", 0.75)
+        >>> mask.kept
+        20
+        >>> mask.apply_(dict(net.named_parameters()))
+    """
+    where = f"masks.find({kind if isinstance(kind, str) else getattr(kind, 'kind', kind)})"
+    options |= {} if sparsity is None else {"sparsity": sparsity}
+    try:
+        if not isinstance(model, nn.Module):
+            raise TostError(f"model: expected a torch.nn.Module, got {type(model).__name__}; pass the network")
+        method = _method(kind, options)
+        task = Task(unwrap(model), prunable(unwrap(model), method.ignore), batches, loss_fn)
+        return run(method, task, seed)
+    except ValidationError as error:
+        raise from_pydantic(where, error) from None
+    except TostError as error:
+        raise error.at(where) from None
+
+
+def run(method: MaskMethod, task: Task, seed: int) -> Mask:
+    """The method's mask for this task, the same on every rank: rank 0's. Randomness comes from `seed`
+    alone.
+
+    Raises TostError where the method does, and when the mask does not have exactly the layers of
+    `task.params`.
+    """
+    mask = method.start(task, torch.Generator().manual_seed(seed)).fit(task.params)
+    return Mask(ranks.broadcast(mask, task.device)) if ranks.world() > 1 else mask
+
+
+def _method(kind: str | MaskMethod, options: dict[str, Any]) -> MaskMethod:
+    if not isinstance(kind, str):
+        if isinstance(kind, type) or not hasattr(kind, "start"):
+            raise TostError(
+                f"kind: expected a name or a method that is made already, got {kind!r}; known: {', '.join(MASKS)}"
+            )
+        if options:
+            raise TostError(
+                f"expected no options beside a method that is made already, got {', '.join(options)}; "
+                f"give them to {type(kind).__name__}(...)"
+            )
+        return kind
+    if kind not in MASKS:
+        raise unknown("kind", "mask method", kind, MASKS)
+    return MASKS[kind](**options)

@@ -1,0 +1,35 @@
+"""One file for each way to find a mask, and the registry: a recipe's `kind` -> its class. A new method is one file and one
+row here; nothing else changes.
+
+May import: errors, training, files, masks.
+"""
+
+from tost_plugins.masks.methods.auto import Auto
+from tost_plugins.masks.methods.dnw import Dnw
+from tost_plugins.masks.methods.file import File
+from tost_plugins.masks.methods.from_zeros import FromZeros
+from tost_plugins.masks.methods.gradual import Gradual
+from tost_plugins.masks.methods.grasp import Grasp
+from tost_plugins.masks.methods.lottery_ticket import LotteryTicket
+from tost_plugins.masks.methods.magnitude import Magnitude
+from tost_plugins.masks.methods.random import Random
+from tost_plugins.masks.methods.rigl import RigL
+from tost_plugins.masks.methods.set import Set
+from tost_plugins.masks.methods.snip import Snip
+from tost_plugins.masks.methods.synflow import SynFlow
+
+MASKS: dict[str, type] = {
+    "auto": Auto,
+    "file": File,
+    "from_zeros": FromZeros,
+    "random": Random,
+    "magnitude": Magnitude,
+    "snip": Snip,
+    "grasp": Grasp,
+    "synflow": SynFlow,
+    "lottery_ticket": LotteryTicket,
+    "set": Set,
+    "rigl": RigL,
+    "dnw": Dnw,
+    "gradual": Gradual,
+}

@@ -1,0 +1,121 @@
+"""A mask from GraSP: the weights stay whose removal would harm the gradient's norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from tost_plugins.errors import TostError
+from tost_plugins.masks.balanced import balanced
+from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
+from tost_plugins.masks.mask import Mask
+from tost_plugins.masks.scoring import average, derivative, gradient, wide
+from tost_plugins.masks.topk import top_mask
+from tost_plugins.training import ranks
+from tost_plugins.training.task import Task, labels_of, logits_of, untouched
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class Grasp:
+    """Keep the weights whose removal would reduce the norm of the gradient most (or increase it least).
+
+    To first order, removing a weight changes |g|^2 by twice S = -w * Hg, with g the gradient and H the
+    Hessian of the loss. The weights with the lowest S stay, those with the highest go.
+
+    Fields: `sparsity` in [0, 1), 0 is dense; `per_class`, samples of each class to look at, taken as the
+    batches give them (R ranks take ceil(per_class / R) each); `temperature` T, the loss sees logits / T, 1
+    leaves them alone; `allocation`, "global" compares all layers; `ignore`, globs of layers to leave alone;
+    `on_collapse`, for a layer that loses everything. The network runs in train mode, on as many samples at
+    once as the loader has in a batch.
+
+    Paper: Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow, ICLR 2020.
+    Differs from the paper: nothing.
+
+    Example:
+        >>> net = torch.nn.Linear(8, 4)
+        >>> batches = [(torch.rand(64, 8), torch.arange(64) % 4)]
+        >>> Grasp(sparsity=0.75).start(Task.of(net, batches=batches), torch.Generator()).kept
+        8
+    """
+
+    kind: Literal["grasp"] = "grasp"
+    sparsity: Sparsity
+    allocation: Allocation = "global"
+    ignore: tuple[str, ...] = ()
+    on_collapse: OnCollapse = "error"
+    per_class: Annotated[int, Field(ge=1, le=100_000)] = 10
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 200.0
+
+    def start(self, task: Task, generator: torch.Generator) -> Mask:
+        """The mask; raises TostError without batches with one class per sample, on a loss or gradient that
+        is not finite, on a weight that the loss does not depend on, and when a layer loses all weights."""
+        worth = {name: -harmless for name, harmless in self.scores(task).items()}
+        return top_mask(worth, self.sparsity, self.allocation, self.on_collapse)
+
+    def scores(self, task: Task) -> dict[str, Tensor]:
+        """S = -w * Hg, name -> tensor in the weight's shape, at least float32; high where removal does no
+        harm."""
+        with untouched(task.model, task.batches, train=True), sdpa_kernel(SDPBackend.MATH), _Smooth():
+            batches, weights = balanced(task, self.per_class), task.weights()
+            one = len(batches) == 1 and ranks.world() == 1  # its gradient, which is differentiated, is the whole one
+            grads = {} if one else gradient(task, batches, weights, "grasp", partial(self._loss, task))
+            product = self._hessian_times(task, batches, weights, grads)
+            return {name: -wide(w.detach()) * product[name] for name, w in task.leaves(weights).items()}
+
+    def _hessian_times(
+        self, task: Task, batches: Sequence[Any], weights: Mapping[str, Tensor], vector: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """H times the vector (without one: the gradient itself), averaged over samples and ranks: the gradient of
+        (gradient . vector)."""
+        own = task.leaves(weights)
+
+        def term(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = self._loss(task, task.outputs(weights, batch), batch)
+            grads = derivative(loss, own, "grasp", create_graph=True)
+            dot = torch.stack(
+                [(wide(grad) * vector.get(name, wide(grad.detach()))).sum() for name, grad in grads.items()]
+            ).sum()
+            return loss, _second_derivative(dot, own)
+
+        return average(batches, own, term, "grasp")
+
+    def _loss(self, task: Task, outputs: Any, batch: Any) -> Tensor:
+        """The task's loss of outputs / T; for outputs with `logits` the loss of those, by default cross entropy."""
+        if isinstance(outputs, Tensor):
+            return task.loss(outputs / self.temperature, batch)
+        return (task.loss_fn or F.cross_entropy)(logits_of(outputs) / self.temperature, labels_of(batch))
+
+
+def _second_derivative(value: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """d value / d weight of a value made of gradients; 0 where it depends on no weight, as for a linear loss."""
+    if not value.requires_grad:
+        return {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    try:
+        grads = torch.autograd.grad(value, list(weights.values()), materialize_grads=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise TostError(
+            f"grasp: expected a network that can be differentiated twice, got {error}; "
+            f"use another activation or mask method"
+        ) from None
+    return dict(zip(weights, grads, strict=True))
+
+
+class _Smooth(TorchFunctionMode):
+    """hardsigmoid, which torch cannot differentiate twice, written with a function that it can."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.hardsigmoid:
+            return F.relu6((args[0] if args else kwargs["input"]) + 3) / 6
+        return func(*args, **kwargs)

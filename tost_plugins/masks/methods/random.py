@@ -1,0 +1,46 @@
+"""A random mask: the structure of a sparse network without any knowledge of the network."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic.dataclasses import dataclass
+
+from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
+from tost_plugins.masks.mask import Mask
+from tost_plugins.masks.topk import top_mask
+from tost_plugins.training.task import Task
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class Random:
+    """Keep weights drawn at random, an exact number of them; needs no data.
+
+    Fields: `sparsity` in [0, 1), 0 is dense; `allocation`, how the kept weights are shared out, "global"
+    draws from all layers at once; `ignore`, globs of layers to leave alone; `on_collapse`, for a layer that
+    loses everything.
+
+    Paper: Liu et al., The Unreasonable Effectiveness of Random Pruning, ICLR 2022.
+    Differs from the paper: exact counts instead of Bernoulli draws.
+
+    Example:
+        >>> net = torch.nn.Linear(8, 4)
+        >>> mask = Random(sparsity=0.75).start(Task.of(net), torch.Generator().manual_seed(0))
+        >>> mask.kept
+        8
+    """
+
+    kind: Literal["random"] = "random"
+    sparsity: Sparsity
+    allocation: Allocation = "erk"
+    ignore: tuple[str, ...] = ()
+    on_collapse: OnCollapse = "error"
+
+    def start(self, task: Task, generator: torch.Generator) -> Mask:
+        """The mask, drawn on the CPU; raises TostError when a layer loses all its weights."""
+        draws = {
+            name: torch.rand(param.shape, generator=generator, dtype=torch.float64, device=generator.device)
+            for name, param in task.params.items()
+        }
+        return top_mask(draws, self.sparsity, self.allocation, self.on_collapse)

@@ -1,0 +1,147 @@
+"""A mask from SynFlow: needs no data, and keeps a path through every layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tost_plugins.errors import TostError
+from tost_plugins.masks import ones
+from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
+from tost_plugins.masks.mask import Mask
+from tost_plugins.masks.scoring import derivative
+from tost_plugins.masks.topk import choose, counts, dense_layers, split, tell
+from tost_plugins.training.task import Task, logits_of, untouched
+
+
+def _check_size(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if math.prod(shape) > 10**8:
+        raise ValueError(
+            f"expected a sample of at most 100,000,000 numbers, got {math.prod(shape):,}; correct its sides"
+        )
+    return shape
+
+
+_Shape = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=10**8)], ...], Field(min_length=1, max_length=8), AfterValidator(_check_size)
+]
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class SynFlow:
+    """Keep the weights that carry most of the synaptic flow |w| * dR/d|w|, in many small rounds.
+
+    R is the sum of the logits of a network with |parameters| (norms and biases too), in eval mode and
+    float64, on one input of ones. From round to round the density falls by the same factor, to that of
+    `sparsity` in the last.
+
+    Fields: `sparsity` in [0, 1), 0 is dense; `rounds`, 1 (one shot) or more; `input_shape`, that of one
+    sample without the batch dimension, such as (3, 32, 32), by default that of the batches, or one that
+    fits the first layer; `allocation`, "global" compares all layers; `ignore`, globs of layers to leave
+    alone; `on_collapse`, for a layer that loses everything. The batches' values are never looked at.
+
+    Paper: Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow,
+    NeurIPS 2020.
+    Differs from the paper: the norms' running statistics stay as they are, the published code takes their
+    magnitude; ReLU6 is ReLU while scoring, since it saturates in a network of magnitudes.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> SynFlow(sparsity=0.75, input_shape=(8,)).start(Task.of(net), torch.Generator()).kept
+        20
+    """
+
+    kind: Literal["synflow"] = "synflow"
+    sparsity: Sparsity
+    allocation: Allocation = "global"
+    ignore: tuple[str, ...] = ()
+    on_collapse: OnCollapse = "error"
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 100
+    input_shape: _Shape | None = None
+
+    def start(self, task: Task, generator: torch.Generator) -> Mask:
+        """The mask; raises TostError when the network does not run on such an input, when its scores are
+        infinite (too deep) or all 0, and when a layer loses all its weights."""
+        with untouched(task.model, task.batches, train=False):
+            weights = {name: weight.detach().abs_() for name, weight in task.weights(torch.float64).items()}
+            batch = ones.batch(task, weights, self.input_shape)
+            kept, revived = self._rounds(task, weights, batch)
+        tell(revived)
+        return Mask(split(kept, task.params))
+
+    def _rounds(self, task: Task, weights: dict[str, Tensor], batch: Any) -> tuple[Tensor, list[str]]:
+        """True for the weights that stay, in one row, and the layers which "keep_one" had to help in some
+        round."""
+        own = task.leaves(weights)
+        kept = torch.ones(sum(w.numel() for w in own.values()), dtype=torch.bool, device=task.device)
+        scores = torch.empty(kept.shape, dtype=torch.float64, device=task.device)
+        dense = dense_layers(own, counts(own, self.sparsity, self.allocation))
+        revived: dict[str, None] = {}
+        for count in self._counts(own):
+            synaptic_flow(task, weights, batch, split(scores, own))
+            scores.masked_fill_(~kept, -1)  # what is gone never returns
+            kept, lost = choose(own, scores, count, self.on_collapse, dense)
+            revived |= dict.fromkeys(lost)
+            for name, mask in split(kept, own).items():
+                own[name].mul_(mask)
+        return kept, list(revived)
+
+    def _counts(self, weights: Mapping[str, Tensor]) -> Iterator[dict[str, int] | int]:
+        """How many weights stay after each round: size * density ** (round / rounds)."""
+        sizes = {name: weight.numel() for name, weight in weights.items()}
+        last = counts(weights, self.sparsity, self.allocation)
+        for turn in range(1, self.rounds + 1):
+            share = turn / self.rounds
+            if isinstance(last, int):
+                yield _decayed(sum(sizes.values()), last, share)
+            else:
+                yield {name: _decayed(size, last[name], share) for name, size in sizes.items()}
+
+
+def _decayed(size: int, last: int, share: float) -> int:
+    return round(size * (max(last, 1) / size) ** share) if size and share < 1 else last
+
+
+class Uncapped(TorchFunctionMode):
+    """relu6 and hardtanh without their upper ends, as modules or functions, while this mode is entered."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.relu6 or func is F.hardtanh:
+            x, low = args[0] if args else kwargs["input"], 0.0
+            if func is F.hardtanh:
+                low = args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)
+            return x.clamp(min=low)
+        return func(*args, **kwargs)
+
+
+def synaptic_flow(task: Task, weights: Mapping[str, Tensor], batch: Any, out: Mapping[str, Tensor]) -> None:
+    """Write w * dR/dw of every prunable weight to `out`, R the sum of the logits on `batch`.
+
+    Raises TostError on a weight that R does not depend on, and when R is infinite, or 0 for all the
+    weights' worth.
+    """
+    weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    with Uncapped():
+        total = logits_of(task.outputs(weights, batch, torch.float64)).sum()
+    own = task.leaves(weights)
+    for name, grad in derivative(total, own, "synflow").items():
+        torch.mul(grad, own[name].detach(), out=out[name]).abs_()
+    if not bool(torch.isfinite(total)):
+        raise TostError(
+            "synflow: expected a finite sum of outputs, got infinity; the network is too deep for float64, "
+            "use another mask method"
+        )
+    if not any(bool(score.any()) for score in out.values()):
+        raise TostError(
+            "synflow: expected outputs that depend on the weights, got scores of 0 everywhere; "
+            "check for activations that saturate and layers that are all 0, or use another mask method"
+        )

@@ -1,0 +1,31 @@
+"""Averaged weights (EMA, SWA) -> the plain sparse network."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from tost_plugins.errors import TostError
+from tost_plugins.masks.mask import Mask
+from tost_plugins.session import buffers
+from tost_plugins.training.params import clean_name, some
+
+
+@torch.no_grad()
+def plain(model: nn.Module, mask: Mask, average: nn.Module) -> nn.Module:
+    """See `Session.plain`."""
+    found = {clean_name(name): value for name, value in average.state_dict().items()}
+    network = copy.deepcopy(model)
+    own = network.state_dict()
+    lacks = [name for name in own if clean_name(name) not in found]
+    if lacks or buffers.CLOCK not in found:
+        raise TostError(
+            f"plain: expected a copy of the attached model, got one without {some(lacks) or 'masks'}; "
+            f"make the average after attach: AveragedModel pairs parameters by their order"
+        )
+    for name, value in own.items():
+        value.copy_(found[clean_name(name)])
+    mask.apply_({clean_name(name): param for name, param in network.named_parameters()})
+    return network

@@ -1,0 +1,102 @@
+"""What a session keeps in the model, so that every checkpoint of the model carries it: masks and the run's clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tost_plugins.masks.base import MaskMethod, Moving
+from tost_plugins.training.clock import Clock
+from tost_plugins.training.params import device_of, owners, plain_modules, prunable
+
+MASK, CLOCK = "weight_mask", "tost_clock"
+SEEN, HIDDEN = "weight_seen", "weight_hidden"  # of masks that move: what was ever kept, and what trains out of sight
+CHANGED = "tost_changed"  # how many entries the last move of a mask has changed
+_OURS = (MASK, SEEN, HIDDEN, CLOCK, CHANGED, "alpha", "alive", "tost_beta")
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+
+
+def add(model: nn.Module, method: MaskMethod, known: set[str]) -> Callable[[], None]:
+    """Register a dense mask beside every prunable weight, what a moving mask needs, and an unstarted clock at the root.
+
+    `known` are the buffers that were there before the session; the others need not travel in every forward of DDP.
+    Returns what takes all of it away again.
+    """
+    params = prunable(model, method.ignore)
+    for name, module in owners(model, params).items():
+        module.register_buffer(MASK, torch.ones_like(params[name], dtype=torch.bool))
+        if isinstance(method, Moving):
+            module.register_buffer(SEEN, torch.zeros_like(params[name], dtype=torch.bool))
+        if isinstance(method, Moving) and method.hides:
+            module.register_buffer(HIDDEN, torch.zeros_like(params[name]).detach())
+    model.register_buffer(CLOCK, torch.full((3,), -1, dtype=torch.int64, device=device_of(model)))
+    if isinstance(method, Moving):
+        model.register_buffer(CHANGED, torch.zeros((), dtype=torch.int64, device=device_of(model)))
+    hook = model.register_load_state_dict_pre_hook(_accept_plain)
+    give_back = _exempt_from_ddp(model, names(model) - known)
+
+    def remove() -> None:
+        for _, module in plain_modules(model):
+            for name in {MASK, SEEN, HIDDEN} & module._buffers.keys():
+                delattr(module, name)
+        for name in {CLOCK, CHANGED} & model._buffers.keys():
+            delattr(model, name)
+        hook.remove()
+        give_back()
+
+    return remove
+
+
+def names(model: nn.Module) -> set[str]:
+    """The names of all buffers."""
+    return {name for name, _ in model.named_buffers()}
+
+
+def beside(model: nn.Module, params: dict[str, nn.Parameter], which: str = MASK) -> dict[str, Tensor]:
+    """Name of a weight -> the buffer beside it: MASK, SEEN or HIDDEN."""
+    return {name: getattr(module, which) for name, module in owners(model, params).items()}
+
+
+def read_clock(model: nn.Module) -> Clock | None:
+    """The clock in the model; None if no run has started with it."""
+    step, total, per_epoch = (int(value) for value in getattr(model, CLOCK).tolist())
+    if step < 0:
+        return None
+    return Clock(step, None if total < 0 else total, None if per_epoch < 0 else per_epoch)
+
+
+def write_clock(model: nn.Module, clock: Clock, lengths: bool) -> tuple[int, int]:
+    """Write the step, and with `lengths` the run's too; returns the buffer's version (see `version`)."""
+    buffer = getattr(model, CLOCK)
+    if lengths:
+        values = (-1 if value is None else value for value in (clock.total_steps, clock.steps_per_epoch))
+        buffer[1:] = torch.tensor(list(values), device=buffer.device)
+    buffer[0] = clock.step
+    return version(model)
+
+
+def version(model: nn.Module) -> tuple[int, int]:
+    """Changes whenever somebody writes the clock buffer or puts another in its place, as loading a checkpoint does."""
+    buffer = getattr(model, CLOCK)
+    return id(buffer), buffer._version
+
+
+def _exempt_from_ddp(model: nn.Module, added: set[str]) -> Callable[[], None]:
+    """Keep DDP from sending our buffers in every forward; the ghosts' running statistics stay in its care."""
+    before = getattr(model, _IGNORED, None)
+    ours = [name for name in sorted(added) if name.rsplit(".", 1)[-1] in _OURS]
+    setattr(model, _IGNORED, [*(before or []), *ours])
+    return lambda: delattr(model, _IGNORED) if before is None else setattr(model, _IGNORED, before)
+
+
+def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let weights of the plain network load into an attached one: what it does not have stays as it is."""
+    if f"{prefix}{CLOCK}" in state_dict:
+        return
+    parts = (f".{MASK}", f".{SEEN}", f".{HIDDEN}", ".ghost_skip.", "tost_")
+    for name, value in module.state_dict().items():
+        if any(part in f".{name}" for part in parts):
+            state_dict.setdefault(prefix + name, value)
