@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from tost_plugins.errors import TostError
 from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe.recipe import Recipe
-from tost_plugins.session.optimizer_hooks import hook
+from tost_plugins.session.drive import check_stepped, follow
 from tost_plugins.session.session import Report, Session
 from tost_plugins.training.params import unwrap
 
@@ -47,7 +47,7 @@ class TostHook:
         self._mask = overrides.pop("mask") if isinstance(overrides.get("mask"), Mask) else None
         self.recipe, self.accelerator = Recipe.of(recipe, **overrides), accelerator
         self._session: Session | None = None
-        self._remove: list[Callable[[], None]] = []
+        self._stop: Callable[[], None] = lambda: None
 
     @property
     def session(self) -> Session:
@@ -55,6 +55,11 @@ class TostHook:
         if self._session is None:
             raise TostError("TostHook: expected an attached model, got none; call attach(model) before prepare")
         return self._session
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has come to its end."""
+        return self._session is not None and self._session.state == "finished"
 
     def attach(self, model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
         """Put ghosts and buffers into the bare model, before `accelerator.prepare`; returns the same model.
@@ -70,7 +75,11 @@ class TostHook:
                 f"{type(model).__name__}; call attach(model) first, then make the optimizer and prepare both"
             )
         self._session = Session(model, self.recipe, self._mask).attach(optimizer)
-        self._session.smoothing_remedy = "make the training loss with tost.criterion(loss_fn)"
+        self._session.smoothing.remedy = "make the training loss with tost.criterion(loss_fn)"
+        registered = (
+            self.accelerator._custom_objects
+        )  # one run at a time: an earlier one, now over, is not saved with ours
+        registered[:] = [other for other in registered if not (isinstance(other, TostHook) and other.is_over)]
         self.accelerator.register_for_checkpointing(self)
         return model
 
@@ -90,10 +99,9 @@ class TostHook:
         if steps_per_epoch is None and hasattr(dataloader, "__len__"):
             steps_per_epoch = math.ceil(len(dataloader) / self.accelerator.gradient_accumulation_steps)
         session = self.session
-        self._detach_hooks()
+        self._stop()
         session.start(optimizer, dataloader, loss_fn=loss_fn, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-        follow = hook(session)  # first, so that what is logged is what the step has led to
-        self._remove = [follow, session.optimizer.register_step_post_hook(self._log).remove]  # type: ignore[union-attr]
+        self._stop = follow(session, after=self._log)
 
     def criterion(self, loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The training loss: `loss_fn(logits, labels)`, with smoothed labels if the recipe smooths them."""
@@ -101,7 +109,9 @@ class TostHook:
 
     def finish(self) -> Report:
         """Take the ghosts away; call it after the last step, before saving the model."""
-        self._detach_hooks()
+        if self.session.state == "running":
+            check_stepped(self.session)
+        self._stop()
         return self.session.finish()
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,12 +125,6 @@ class TostHook:
     def _log(self, *_: Any) -> None:
         if self.accelerator.trackers:
             self.accelerator.log(self.session.metrics(), step=self.session.clock.step)
-
-    def _detach_hooks(self) -> None:
-        for remove in self._remove:
-            remove()
-        self._remove = []
-        self.session.release()
 
 
 def _check_kind(accelerator: Accelerator) -> None:

@@ -43,7 +43,7 @@ def apply_tost(
         >>> session = apply_tost(model, {"mask": {"kind": "snip", "sparsity": 0.9}})  # doctest: +SKIP
     """
     asked, session = recipe is not None or bool(overrides), session_of(model)
-    optimizer: Any = next(iter(ensure_tuple(optimizers)), None)
+    optimizer: Any = list(ensure_tuple(optimizers)) or None
     mask = overrides.pop("mask") if isinstance(overrides.get("mask"), Mask) else None
     wanted = Recipe.of(recipe, **overrides)
     if session is None or session.state == "finished":
@@ -161,11 +161,10 @@ class TostAlgorithm(Algorithm):
 
     def _start(self, state: State, logger: Logger, clock: Clock | None) -> None:
         model: Any = unwrap(state.model)
-        inner = getattr(state.optimizers[0], "base_optimizer", state.optimizers[0])  # what SAM is wrapped around
         if self.session.state == "attached":
             logger.log_hyperparameters({"tost": self.recipe.to_dict()})
         self.session.start(
-            inner,
+            state.optimizers,
             _batches(state),
             clock=clock,
             forward=lambda call, batch: call(batch),
@@ -174,23 +173,23 @@ class TostAlgorithm(Algorithm):
 
     def _smooth_labels(self, state: State, logger: Logger) -> None:
         """Swap the labels where the loss is computed from them after the forward pass."""
-        tweak, model = self.session.smoothing, unwrap(state.model)
+        tweak, model = self.session.smoothing.tweak, unwrap(state.model)
         if tweak is None or not isinstance(state.outputs, Tensor):
             return
         hard = labels_of(state.batch)
         if getattr(model, "_loss_fn", None) is soft_cross_entropy and not hard.is_floating_point():
             return  # it warns of probabilities that add up to 0.9999999; its value is smoothed instead, below
-        if self.session.smooths_now():
+        if self.session.smoothing.now():
             self._labels = hard, smooth(hard, state.outputs.shape[1], tweak.alpha, state.outputs.dtype)
             state.batch = _swapped(state.batch, *self._labels)
 
     def _restore_labels(self, state: State, logger: Logger) -> None:
         """Give metrics hard labels; where they were not swapped, smooth the loss that came out."""
-        tweak = self.session.smoothing
+        tweak = self.session.smoothing.tweak
         if self._labels is not None:
             (hard, soft), self._labels = self._labels, None
             state.batch = _swapped(state.batch, soft, hard)
-        elif tweak is not None and isinstance(state.loss, Tensor) and self.session.smooths_now():
+        elif tweak is not None and isinstance(state.loss, Tensor) and self.session.smoothing.now():
             state.loss = smoothed_loss(state.loss, logits_of(state.outputs), labels_of(state.batch), tweak.alpha)
 
     def _count(self, state: State, logger: Logger) -> None:

@@ -36,10 +36,10 @@ class SmoothsOwnLoss:
         loss, logits = _loss_and_logits(outputs)
         own = isinstance(loss, Tensor) and isinstance(logits, Tensor) and (loss.ndim, logits.ndim) == (0, 2)
         hard = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
-        if session is None or session.smoothing is None or not (own and hard) or not session.smooths_now():
+        if session is None or session.smoothing.tweak is None or not (own and hard) or not session.smoothing.now():
             return outputs
         scale = _scale(loss, logits, labels, kwargs.get("num_items_in_batch"))
-        loss = smoothed_loss(loss, logits, labels, session.smoothing.alpha, scale)
+        loss = smoothed_loss(loss, logits, labels, session.smoothing.tweak.alpha, scale)
         if isinstance(outputs, tuple):
             return (loss, *outputs[1:])
         outputs["loss"] = loss
@@ -94,7 +94,7 @@ class TostCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         _come_first(self)
         session = Session(model, self.recipe, self._mask)
-        if session.smoothing is not None and args.label_smoothing_factor:
+        if session.smoothing.tweak is not None and args.label_smoothing_factor:
             raise TostError(
                 f"TostCallback: label_smoothing: expected to be the only one, got "
                 f"label_smoothing_factor={args.label_smoothing_factor}; set it to 0, or leave "
@@ -107,8 +107,8 @@ class TostCallback(TrainerCallback, ExportableState):
             )
         _check_kind(args)
         self._session = session.attach(kwargs.get("optimizer"))
-        session.smoothing_remedy = "pass compute_loss_func=callback.criterion(loss_fn) to the Trainer"
-        if session.smoothing is not None:
+        session.smoothing.remedy = "pass compute_loss_func=callback.criterion(loss_fn) to the Trainer"
+        if session.smoothing.tweak is not None:
             swap(model, SmoothsOwnLoss)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

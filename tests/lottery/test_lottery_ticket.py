@@ -152,8 +152,8 @@ class Watch:
     def forward(self, module: nn.Module, args: Any) -> None:
         session = session_of(module)
         if session is not None and session.state == "running" and module.training:
-            assert session.optimizer is not None
-            self.rounds[-1].append(state(module, session.optimizer))
+            assert session.optimizers is not None
+            self.rounds[-1].append(state(module, session.optimizers.inner[0]))
 
 
 def state(net: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

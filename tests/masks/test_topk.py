@@ -137,3 +137,17 @@ def test_a_given_mask_with_an_empty_layer() -> None:
 def test_a_given_mask_without_empty_layers_stays() -> None:
     mask = Mask({"a": torch.tensor([0, 1, 0]), "b": torch.ones(2)})
     assert revive(mask, weights(), "error") is mask
+
+
+@pytest.mark.parametrize("moved", [0.0, 1e-4, 0.1, 10.0])
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.9])
+def test_what_was_highest_a_moment_ago_changes_nothing_but_the_time(moved: float, share: float) -> None:
+    for size in (1 << 17, (1 << 18) + 5):
+        scores = torch.randn(size).abs()
+        count = int(share * size)
+        before = top_k(scores, count)
+        after = scores + moved * torch.randn(size)
+        assert torch.equal(top_k(after, count, before), top_k(after, count))
+        ties = (after * 8).round()
+        assert torch.equal(top_k(ties, count, before), top_k(ties, count))
+        assert torch.equal(top_k(after, count, ~before), top_k(after, count))  # a hint that is wrong costs time

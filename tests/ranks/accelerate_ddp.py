@@ -76,7 +76,7 @@ def train(folder: Path, resume: bool, recipe: Any = RECIPE) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            watch(net, tost.session.optimizer, tost.session)
+            watch(net, tost.session.optimizers.inner[0], tost.session)
             alphas.append(tost.session.metrics().get("tost/ghost_skip/alpha"))
             masks.append(dict(tost.session.mask))
             if step == MIDDLE and not resume:

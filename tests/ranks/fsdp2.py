@@ -140,7 +140,11 @@ def static(folder: Path) -> dict[str, Any]:
         if step:
             found["outside"].append(outside(run))
         found["alphas"].append(run.session.metrics()["tost/ghost_skip/alpha"])
-        found["placed"] += [mask.placements == param.placements for param, mask in run.session._masked]
+        kept = run.session.weights.kept
+        found["placed"] += [
+            mask.placements == param.placements
+            for mask, param in zip(kept.values(), prunable(run.net).values(), strict=True)
+        ]
         if step == MIDDLE:
             dcp.save(run.state(), checkpoint_id=str(folder / "middle"))
         if step == PLAIN:

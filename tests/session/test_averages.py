@@ -84,8 +84,8 @@ def test_averages_that_cannot_be_right_are_refused() -> None:
     copied = copy.deepcopy(net)
     with pytest.raises(TostError, match=r"plain: expected a finished session, got one that is attached; call finish"):
         session.plain(copied)
-    with session.drive(torch.optim.SGD(net.parameters(), lr=0.1), total_steps=STEPS):
-        pass
+    session.start(torch.optim.SGD(net.parameters(), lr=0.1), total_steps=STEPS)
+    session.finish()
     assert isinstance(session.plain(copied), Digits)
     with pytest.raises(TostError, match=r"plain: expected a copy of the attached model, got one without masks; make"):
         session.plain(early)
@@ -107,7 +107,10 @@ def test_channels_last_trains_the_same_network() -> None:
                 optimizer.zero_grad()
                 F.cross_entropy(net(x.contiguous(memory_format=torch.channels_last) if last else x), y).backward()
                 optimizer.step()
-            assert all(mask.stride() == param.stride() for param, mask in session._masked)
+            assert all(
+                mask.stride() == param.stride()
+                for param, mask in zip(session.weights.weights.values(), session.weights.kept.values(), strict=True)
+            )
         assert net.body[3].weight.is_contiguous(memory_format=torch.channels_last) == last
         assert Mask.from_zeros(prunable(net)) == session.mask
         ends.append((session.mask, {name: param.detach().clone() for name, param in net.named_parameters()}))

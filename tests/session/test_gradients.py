@@ -105,6 +105,7 @@ def test_a_frozen_weight_is_masked_when_it_is_trained_again() -> None:
         net.body[0].weight.requires_grad_()
         backward(net, digits(1)[0])
         assert net.body[0].weight.grad.any() and not dense(session)
+        optimizer.step()
 
 
 def test_parameters_that_loading_puts_in_place_are_masked_too() -> None:
@@ -131,9 +132,11 @@ def test_when_a_loop_is_over_gradients_are_those_of_any_network() -> None:
         raise KeyboardInterrupt
     assert not hooked(net)
     for _ in range(2):  # the run itself, and one that trains the finished network on with its mask
-        with session.drive(sgd(net), total_steps=STEPS):
+        optimizer = sgd(net)
+        with session.drive(optimizer, total_steps=STEPS):
             backward(net, digits(1)[0])
             assert not dense(session)
+            optimizer.step()
         assert session.state == "finished" and not hooked(net)
         net.zero_grad()
     backward(net, digits(1)[0])

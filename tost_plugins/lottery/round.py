@@ -16,7 +16,8 @@ from tost_plugins.files.atomic import replacing
 from tost_plugins.lottery import rounds
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods.lottery_ticket import LotteryTicket
-from tost_plugins.session import optimizing
+from tost_plugins.session.masked_weights import MaskedWeights
+from tost_plugins.session.optimizers import Optimizers
 from tost_plugins.training import rng
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.params import prunable, unwrap
@@ -53,16 +54,13 @@ class Round:
             raise TostError("round.steps: expected one loop in a round, got a second; count all steps in one")
         self._used = True
         params = prunable(unwrap(self.model), self.ticket.ignore)
-        inner = optimizing.innermost(optimizer, params)
+        optimizers, weights = Optimizers(optimizer, params), MaskedWeights(params, self.mask)
         first = rounds.first_step(self.ticket.rewind, Clock(0, total, steps_per_epoch))
-        masked = [(param, self.mask[name].to(param.device, param.dtype)) for name, param in params.items()]
         parts = (self.model, optimizer, *others)
         step = self._restore(parts)
-        optimizing.mask_weights(masked, inner)
-        handles = [
-            inner.register_step_pre_hook(lambda *_: optimizing.mask_gradients(masked)),
-            inner.register_step_post_hook(lambda *_: optimizing.mask_weights(masked, inner)),
-        ]
+        weights.zero()
+        weights.follow()
+        stop = optimizers.follow(lambda _: weights.before_step(), weights.zero, weights.zero)
         try:
             while step < total:
                 if self.number == 0 and step == first:
@@ -72,8 +70,8 @@ class Round:
                 if self._save_every and step % self._save_every == 0:
                     save(self._last, parts, step)
         finally:
-            for handle in handles:
-                handle.remove()
+            stop()
+            weights.release()
 
     def _restore(self, parts: tuple[Any, ...]) -> int:
         """Go back to this round's last checkpoint, or to the dense round's early state; 0 where there is neither."""

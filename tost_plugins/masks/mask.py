@@ -122,7 +122,7 @@ class Mask(Mapping[str, Tensor]):
                     f"mask: expected only layers that may be pruned, got zeros for {name}; "
                     f"take it off `ignore`, or use a mask made for this network"
                 )
-        return Mask({name: self[name] for name in params})
+        return self if list(self) == list(params) else Mask({name: self[name] for name in params})
 
     @torch.no_grad()
     def apply_(self, tensors: Mapping[str, Tensor]) -> None:

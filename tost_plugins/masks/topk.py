@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from tost_plugins.training.sharding import whole
 
 _LONG = 1 << 17  # from here on `kthvalue` takes longer than looking at a sample first
 _SAMPLE = 1 << 14
+_APART = 1e-3  # of a value: how much wider than the sample shows it an edge is taken to be
 
 
 def top_mask(
@@ -167,10 +169,10 @@ def _keep_one(scores: Mapping[str, Tensor], flat: Tensor, kept: Tensor, dense: S
     return safe
 
 
-def top_k(flat: Tensor, count: int) -> Tensor:
+def top_k(flat: Tensor, count: int, before: Tensor | None = None) -> Tensor:
     """True for the `count` highest of a row of finite scores; of equal ones those with the lower index.
 
-    `count` from 0 (none) to the row's length (all).
+    `count` from 0 (none) to the row's length (all). `before`, True for the highest a moment ago, makes it faster.
 
     Example:
         >>> top_k(torch.tensor([1.0, 3.0, 2.0, 2.0]), 2).tolist()
@@ -178,7 +180,7 @@ def top_k(flat: Tensor, count: int) -> Tensor:
     """
     if count <= 0 or count >= flat.numel():
         return torch.full_like(flat, count > 0, dtype=torch.bool)
-    threshold = kth_lowest(flat, flat.numel() - count + 1)
+    threshold = kth_lowest(flat, flat.numel() - count + 1, before)
     kept = flat >= threshold
     excess = int(count_true(kept)) - count
     if excess:
@@ -186,22 +188,56 @@ def top_k(flat: Tensor, count: int) -> Tensor:
     return kept
 
 
-def kth_lowest(flat: Tensor, k: int) -> Tensor:
+def kth_lowest(flat: Tensor, k: int, above: Tensor | None = None) -> Tensor:
     """The k-th lowest value of a row, k from 1 (the minimum) to its length (the maximum).
 
-    In a long row a sample shows between which two values it must lie, and `kthvalue` looks at those between
-    them only. That is several times as fast, and exact: the values outside are counted, and if the sample
-    misled, all are looked at.
+    In a long row a sample shows between which two values it must lie, and `kthvalue` looks at those between them only. That
+    is several times as fast, and exact: the values outside are counted, and if the sample misled, another one is taken, and
+    at last all are looked at. `above` is True for the values that were the k-th lowest or higher a moment ago: the sample's
+    edge between them and the others tells far more than its ranks.
     """
     size = flat.numel()
-    if size >= _LONG:
-        low, high = _bracket(flat, k)
-        above = flat > low
-        skipped = size - int(count_true(above))
-        inside = flat[above.logical_and_(flat <= high)]
-        if skipped < k <= skipped + inside.numel():
-            return inside.kthvalue(k - skipped).values
+    tries = () if size < _LONG else (_bracket,) if above is None else (_edge, _bracket)
+    for bracket in tries:
+        low, high = bracket(flat, k, above)
+        over = flat > low
+        skipped = size - int(count_true(over))
+        if skipped < k:
+            inside = _where(flat, over.logical_and_(flat <= high))
+            if k <= skipped + inside.numel():
+                return inside.kthvalue(k - skipped).values
     return flat.kthvalue(k).values
+
+
+def _where(flat: Tensor, mask: Tensor) -> Tensor:
+    """`flat[mask]` for a mask with few True: on a CPU eight of its entries are looked at as one number."""
+    if not mask.is_cpu or mask.numel() % 8 or mask.storage_offset() % 8:
+        return flat[mask]
+    rows = mask.view(torch.uint8).view(torch.int64).nonzero().flatten()
+    return flat.view(-1, 8)[rows][mask.view(-1, 8)[rows]]
+
+
+def _edge(flat: Tensor, k: int, above: Any) -> tuple[Tensor, Tensor]:
+    """Two values of the row, a little apart, between which those that were above meet the others."""
+    stride = flat.numel() // _SAMPLE
+    sample = flat[::stride].contiguous()
+    over = above[::stride]
+    if not bool(over.any()) or bool(over.all()):
+        return sample.new_tensor(math.inf), sample.new_tensor(math.inf)
+    ends = torch.stack([sample[over].min(), sample[~over].max()])
+    return ends.min() * (1 - _APART), ends.max() * (1 + _APART)
+
+
+def _bracket(flat: Tensor, k: int, above: Any) -> tuple[Tensor, Tensor]:
+    """Two values of the row between which its k-th lowest almost certainly lies (above the first, up to the
+    second)."""
+    sample = flat[:: flat.numel() // _SAMPLE].contiguous()
+    place, slack = k * sample.numel() / flat.numel(), 2 * math.sqrt(sample.numel())  # 4 standard deviations
+    low, high = round(place - slack), round(place + slack)
+    return (
+        sample.kthvalue(low).values if low >= 1 else sample.new_tensor(-math.inf),
+        sample.kthvalue(high).values if high <= sample.numel() else sample.new_tensor(math.inf),
+    )
 
 
 def count_true(mask: Tensor) -> Tensor:
@@ -220,15 +256,3 @@ def count_true(mask: Tensor) -> Tensor:
     end = start + (flat.numel() - start) // 1024 * 1024
     sums = flat[start:end].view(torch.int64).view(-1, 128).sum(1)
     return sums.view(torch.uint8).sum() + flat[:start].sum() + flat[end:].sum()
-
-
-def _bracket(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Two values of the row between which its k-th lowest almost certainly lies (above the first, up to the
-    second)."""
-    sample = flat[:: flat.numel() // _SAMPLE].contiguous()
-    place, slack = k * sample.numel() / flat.numel(), 2 * math.sqrt(sample.numel())  # 4 standard deviations
-    low, high = round(place - slack), round(place + slack)
-    return (
-        sample.kthvalue(low).values if low >= 1 else sample.new_tensor(-math.inf),
-        sample.kthvalue(high).values if high <= sample.numel() else sample.new_tensor(math.inf),
-    )

@@ -19,35 +19,40 @@ _OURS = (MASK, SEEN, HIDDEN, CLOCK, CHANGED, "alpha", "alive", "tost_beta")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
-def add(model: nn.Module, method: MaskMethod, known: set[str]) -> Callable[[], None]:
-    """Register a dense mask beside every prunable weight, what a moving mask needs, and an unstarted clock at the root.
+class Added:
+    """A dense mask beside every prunable weight, what a moving mask needs, and an unstarted clock at the root.
 
-    `known` are the buffers that were there before the session; the others need not travel in every forward of DDP.
-    Returns what takes all of it away again.
+    `known` are the buffers that were there before the session; `names` are those that came with it, which need not travel in
+    every forward of DDP. `loaded(model, keys)` is called when a state dict has been loaded into the model.
     """
-    params = prunable(model, method.ignore)
-    for name, module in owners(model, params).items():
-        module.register_buffer(MASK, torch.ones_like(params[name], dtype=torch.bool))
-        if isinstance(method, Moving):
-            module.register_buffer(SEEN, torch.zeros_like(params[name], dtype=torch.bool))
-        if isinstance(method, Moving) and method.hides:
-            module.register_buffer(HIDDEN, torch.zeros_like(params[name]).detach())
-    model.register_buffer(CLOCK, torch.full((3,), -1, dtype=torch.int64, device=device_of(model)))
-    if isinstance(method, Moving):
-        model.register_buffer(CHANGED, torch.zeros((), dtype=torch.int64, device=device_of(model)))
-    hook = model.register_load_state_dict_pre_hook(_accept_plain)
-    give_back = _exempt_from_ddp(model, names(model) - known)
 
-    def remove() -> None:
-        for _, module in plain_modules(model):
+    def __init__(self, model: nn.Module, method: MaskMethod, known: set[str], loaded: Callable[..., None]) -> None:
+        params = prunable(model, method.ignore)
+        for name, module in owners(model, params).items():
+            module.register_buffer(MASK, torch.ones_like(params[name], dtype=torch.bool))
+            if isinstance(method, Moving):
+                module.register_buffer(SEEN, torch.zeros_like(params[name], dtype=torch.bool))
+            if isinstance(method, Moving) and method.hides:
+                module.register_buffer(HIDDEN, torch.zeros_like(params[name]).detach())
+        model.register_buffer(CLOCK, torch.full((3,), -1, dtype=torch.int64, device=device_of(model)))
+        if isinstance(method, Moving):
+            model.register_buffer(CHANGED, torch.zeros((), dtype=torch.int64, device=device_of(model)))
+        self.model, self.names = model, names(model) - known
+        self._undo = [
+            model.register_load_state_dict_pre_hook(_accept_plain).remove,
+            model.register_load_state_dict_post_hook(loaded).remove,
+            _exempt_from_ddp(model, self.names),
+        ]
+
+    def remove(self) -> None:
+        """Take all of it away again."""
+        for _, module in plain_modules(self.model):
             for name in {MASK, SEEN, HIDDEN} & module._buffers.keys():
                 delattr(module, name)
-        for name in {CLOCK, CHANGED} & model._buffers.keys():
-            delattr(model, name)
-        hook.remove()
-        give_back()
-
-    return remove
+        for name in {CLOCK, CHANGED} & self.model._buffers.keys():
+            delattr(self.model, name)
+        for undo in self._undo:
+            undo()
 
 
 def names(model: nn.Module) -> set[str]:

@@ -1,4 +1,4 @@
-"""What a session does when its mask moves: new masks into the buffers, and weights that train out of sight."""
+"""Masked weights whose mask moves: new masks into the buffers, and weights that train out of sight."""
 
 from __future__ import annotations
 
@@ -6,87 +6,104 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from tost_plugins.errors import TostError
 from tost_plugins.masks.base import Moving
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.topk import count_true
-from tost_plugins.session import buffers, optimizing
+from tost_plugins.session import buffers
+from tost_plugins.session.masked_weights import MaskedWeights
+from tost_plugins.session.optimizers import Optimizers
 from tost_plugins.training import ranks, seeds, sharding
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.params import owners
 
 
-class Movement:
-    """The mask of a running session, as its method moves it; all that a checkpoint needs is in the model's buffers.
+class MovingWeights(MaskedWeights):
+    """The masked weights of a running session, as its method moves their mask; all that a checkpoint needs is in the
+    model's buffers: the mask, what was ever kept, and the weights that train out of sight."""
 
-    `kept` has the mask in each weight's own dtype and on its device, and is changed in place.
-    """
-
-    def __init__(
-        self, method: Moving, seed: int, model: nn.Module, weights: dict[str, nn.Parameter], kept: dict[str, Tensor]
-    ) -> None:
-        self.method, self.seed, self.model, self.weights, self.kept = method, seed, model, weights, kept
-        self.masks, self.seen = (buffers.beside(model, weights, which) for which in (buffers.MASK, buffers.SEEN))
+    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter], method: Moving, seed: int) -> None:
+        self.masks, self.seen = (buffers.beside(model, dict(weights), which) for which in (buffers.MASK, buffers.SEEN))
+        super().__init__(weights, self.masks)
+        self.model, self.method, self.seed = model, method, seed
         # looked up by owner: a model that changes its dtype puts other buffers in the hidden weights' place
-        self.owners = owners(model, weights) if method.hides else {}
+        self.owners = owners(model, dict(weights)) if method.hides else {}
         self.changed: Tensor = getattr(model, buffers.CHANGED)
-        self._mask: Mask | None = None  # None: it has moved since somebody looked
-        self._metrics: dict[str, float] | None = None  # as above
+        self.clock = Clock()
+        self._numbers: tuple[int, dict[str, float]] | None = None  # what is logged; None: it has moved since
         self._moved_at = -1  # the step at whose gradients the mask has moved: a closure may come by twice
-        self.moved = True  # whether weights may be outside the mask: set by a move, cleared by who has dealt with it
         self._revealed = False  # whether hidden weights are in the network, between gradients and step
 
     @property
     def mask(self) -> Mask:
-        """What it is now."""
+        """What is kept now, on the CPU."""
         if self._mask is None:
             self._mask = Mask(self.masks)
         return self._mask
 
-    def begin(self, clock: Clock) -> None:
-        """With all weights in the network: the state before a run's first step, the same on every rank."""
-        self._revealed = self.hides(clock)
-        self.after(clock)
-        self._share()
+    @property
+    def count(self) -> int:
+        """How many weights are kept."""
+        return self._logged()[0]
 
-    def hides(self, clock: Clock) -> bool:
+    def begin(self, clock: Clock, optimizers: Optimizers | None, fresh: bool) -> None:
+        """At the start of a run (`fresh`) all weights are in the network; the state before its first step is the same on
+        every rank."""
+        self.clock = clock
+        if fresh:
+            self._revealed = self.hides
+            self._after(clock, None)
+            self._share()
+        if self.hides:
+            self.zero()
+        else:
+            super().begin(clock, optimizers, fresh)
+
+    @property
+    def hides(self) -> bool:
         """Whether removed weights train out of sight now."""
-        return self.method.hides and not self.method.settled(clock)
+        return self.method.hides and not self.method.settled(self.clock)
 
-    def wants_dense(self, clock: Clock) -> bool:
-        """Whether the gradients of the step at hand are to reach removed weights: they train, or are to be compared."""
-        return self.hides(clock) or (self.method.takes_step and self.method.due(clock))
+    def wants_dense(self) -> bool:
+        """Whether gradients are to reach removed weights now: they train, or are to be compared."""
+        return self.hides or (self.method.takes_step and self.method.due(self.clock))
 
-    def before(self, clock: Clock, optimizer: Optimizer | None, check_finite: bool) -> bool:
-        """With final gradients: True if they are not to be masked, since they must reach the removed weights too or
-        have been used up. `check_finite=False`: they may hold NaN or Inf, and a loss scaler skips the step then."""
-        if self.hides(clock):
+    def before_step(self, optimizers: Optimizers | None = None, check_finite: bool = True) -> None:
+        """With final gradients: mask them, unless they are to reach removed weights too, or the mask moves in place of the
+        step. `check_finite=False`: they may hold NaN or Inf, and a loss scaler skips the step then, and the mask with it."""
+        if self.hides:
             self._reveal()
-            return True
-        if optimizer is None or not self.wants_dense(clock):
-            return False
-        if not check_finite and optimizing.not_finite(self.model, optimizer):
-            return False  # the scaler skips this step, and the mask with it
-        if self._moved_at != clock.step:
-            # what grows starts at 0, whatever others have put there
-            optimizing.mask_weights([(self.weights[name], kept) for name, kept in self.kept.items()], optimizer)
-            self._move({n: param.grad for n, param in self.weights.items() if param.grad is not None}, clock)
-            self._moved_at = clock.step
-        optimizing.drop_gradients(optimizer)
-        return True
+        elif optimizers is None or not self.wants_dense() or (not check_finite and optimizers.not_finite(self.model)):
+            super().before_step(optimizers, check_finite)
+        else:
+            if self._moved_at != self.clock.step:
+                self.zero()  # what grows starts at 0, whatever others have put there
+                grads = {name: param.grad for name, param in self.weights.items() if param.grad is not None}
+                self._move(grads, self.clock, optimizers)
+                self._moved_at = self.clock.step
+            optimizers.drop_gradients()
 
-    def after(self, clock: Clock) -> None:
+    def after_step(self, clock: Clock, optimizers: Optimizers | None = None) -> None:
         """When a step is done: move a mask that follows the weights, and hide what it removes."""
+        if clock.step != self.clock.step:  # a step told twice moves no mask twice
+            self._after(clock, optimizers)
+        self.conceal()
+        if not self.hides:
+            self.zero()
+
+    def _after(self, clock: Clock, optimizers: Optimizers | None) -> None:
+        hid, self.clock = self.hides, clock
         if not self.method.takes_step and self.method.due(clock):
-            self._move({}, clock)
-        self.conceal(clock)
+            self._move({}, clock, None if self.hides else optimizers)
+        if hid and not self.hides:  # what trained out of sight is gone for good
+            self.forget(optimizers)
+        self.conceal()
 
     @torch.no_grad()
-    def conceal(self, clock: Clock) -> None:
+    def conceal(self) -> None:
         """Take removed weights out of the network and remember them, if they are in it."""
-        if self._revealed and self.hides(clock):
+        if self._revealed and self.hides:
             for name, hidden in self._hidden().items():
                 weight = self.weights[name]
                 hidden.copy_(weight)
@@ -95,16 +112,18 @@ class Movement:
 
     def metrics(self) -> dict[str, float]:
         """How many entries the last move has changed, and the share of the weights that have ever been kept."""
-        if self._metrics is None:
-            seen = torch.stack([count_true(seen) for seen in self.seen.values()]).sum()
-            explored = int(seen) / sum(seen.numel() for seen in self.seen.values())
-            self._metrics = {"tost/mask/changed": float(self.changed), "tost/mask/explored": explored}
-        return self._metrics
+        return self._logged()[1]
 
     # ---- inside
 
+    def _logged(self) -> tuple[int, dict[str, float]]:
+        if self._numbers is None:
+            kept, seen = (sum(int(count_true(mask)) for mask in masks.values()) for masks in (self.masks, self.seen))
+            self._numbers = kept, {"tost/mask/changed": float(self.changed), "tost/mask/explored": seen / self.size}
+        return self._numbers
+
     @torch.no_grad()
-    def _move(self, grads: Mapping[str, Tensor], clock: Clock) -> None:
+    def _move(self, grads: Mapping[str, Tensor], clock: Clock, optimizers: Optimizers | None) -> None:
         """Put the method's next mask into the buffers.
 
         Randomness comes from the seed and the step alone. Every rank gets rank 0's mask, except after each step of a
@@ -112,15 +131,20 @@ class Movement:
         """
         weights, grads = ({n: sharding.whole(t) for n, t in tensors.items()} for tensors in (self.weights, grads))
         new = self.method.update(self.masks, weights, grads, clock, seeds.generator(self.seed, clock.step))
-        if not self.hides(clock):
-            new = ranks.broadcast(new, self._device)
-        self.changed.copy_(torch.stack([count_true(mask ^ self.masks[name]) for name, mask in new.items()]).sum())
+        if not self.hides:
+            new = ranks.broadcast(new, next(iter(self.weights.values())).device)
+        counts = []
         for name, mask in new.items():
+            changed = mask ^ self.masks[name]
+            counts.append(count_true(changed))
+            if optimizers is not None:
+                weight, idle = self.weights[name], ~(mask | self.masks[name])
+                optimizers.renew(weight, *(sharding.local(sharding.like(part, weight)) for part in (changed, idle)))
             self.masks[name].copy_(mask)
             self.kept[name].copy_(sharding.like(mask, self.kept[name]))
             self.seen[name].logical_or_(mask)
-        self._mask = self._metrics = None
-        self.moved = True
+        self.changed.copy_(torch.stack(counts).sum())
+        self._mask = self._numbers = None
 
     @torch.no_grad()
     def _reveal(self) -> None:
@@ -139,13 +163,9 @@ class Movement:
     def _share(self) -> None:
         """Give every rank rank 0's hidden weights: what DDP sends when it wraps a model are those in the network."""
         hidden = self._hidden()
-        for name, value in ranks.broadcast(hidden, self._device).items():
+        for name, value in ranks.broadcast(hidden, next(iter(self.weights.values())).device).items():
             hidden[name].copy_(value)
 
     def _hidden(self) -> dict[str, Tensor]:
         """Name -> the weight where it is removed, 0 elsewhere; empty if the method hides none."""
         return {name: getattr(module, buffers.HIDDEN) for name, module in self.owners.items()}
-
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self.weights.values())).device

@@ -84,6 +84,8 @@ class Dnw:
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """As many weights as before in every layer, the largest of them all."""
-        sizes = {name: wide(weights[name].detach()).abs() for name in mask}
-        counts = {name: int(count_true(kept)) for name, kept in mask.items()}
-        return {name: top_k(size.flatten(), counts[name]).view(size.shape) for name, size in sizes.items()}
+        return {name: _largest(wide(weights[name].detach()).abs(), kept) for name, kept in mask.items()}
+
+
+def _largest(sizes: Tensor, kept: Tensor) -> Tensor:
+    return top_k(sizes.flatten(), int(count_true(kept)), kept.flatten()).view(sizes.shape)

@@ -1,0 +1,95 @@
+"""The tweaks of one session: those that have something to act on, and what was left out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from tost_plugins.errors import Inapplicable, TostError
+from tost_plugins.training.clock import Clock
+from tost_plugins.training.task import Task
+from tost_plugins.tweaks import Tweak
+
+
+class ActiveTweaks:
+    """A recipe's tweaks on a model. One that is `optional` and finds nothing to act on is left out; others raise."""
+
+    def __init__(self, model: nn.Module, tweaks: Sequence[Tweak]) -> None:
+        self.model, self.active = model, list(tweaks)
+        self.left_out: list[str] = []
+        self.sizes = (0, 0)  # parameters of the model, and those of ghosts among them
+
+    def __iter__(self) -> Iterator[Tweak]:
+        return iter(self.active)
+
+    def attach(self, seed: int) -> None:
+        """Change the model's structure; after an error it is what it was."""
+        wanted, done = self.active, []
+        try:
+            for tweak in list(wanted):
+                try:
+                    tweak.attach(self.model, seed)
+                    done.append(tweak)
+                except Inapplicable as reason:
+                    self._leave_out(tweak, reason)
+        except TostError:
+            for tweak in reversed(done):
+                tweak.detach(self.model)
+            self.active = wanted
+            raise
+
+    def start(self, task: Task, mask: Mapping[str, Tensor]) -> None:
+        """Once, when the mask is found and applied."""
+        for tweak in list(self.active):
+            try:
+                tweak.start(task, mask)
+            except Inapplicable as reason:
+                self._leave_out(tweak, reason)
+                tweak.detach(self.model)
+
+    def leave_out(self, tweak: Tweak, why: str) -> None:
+        """Go on without a tweak."""
+        self.left_out.append(f"{tweak.kind} ({why})")
+        self.active = [other for other in self.active if other is not tweak]
+
+    def advance(self, clock: Clock) -> None:
+        """Set the strengths for the step that comes next."""
+        for tweak in self.active:
+            tweak.advance(self.model, clock)
+
+    def detach(self) -> None:
+        """Give the model its own forward pass back."""
+        for tweak in reversed(self.active):
+            tweak.detach(self.model)
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Within: the forward pass of the untouched network."""
+        with contextlib.ExitStack() as quiet:
+            for tweak in self.active:
+                quiet.enter_context(tweak.quiet(self.model))
+            yield
+
+    def companions(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Pairs (added parameter, the parameter beside it)."""
+        return [pair for tweak in self.active for pair in tweak.companions(self.model)]
+
+    def count(self) -> None:
+        """Count the parameters: once, since trainers log them in every step."""
+        ghosts = sum(param.numel() for param, _ in self.companions())
+        self.sizes = sum(param.numel() for param in self.model.parameters()), ghosts
+
+    def metrics(self) -> dict[str, float]:
+        """What to log, by full name."""
+        return {key: value for tweak in self.active for key, value in tweak.metrics(self.model).items()}
+
+    def at_work(self) -> dict[str, float]:
+        """What makes the network another than the finished one: names and strengths as in `metrics`."""
+        return {key: value for key, value in self.metrics().items() if key.endswith(("alpha", "active")) and value}
+
+    def _leave_out(self, tweak: Tweak, reason: Inapplicable) -> None:
+        if not tweak.optional:
+            raise reason
+        self.leave_out(tweak, str(reason).split(": ", 1)[-1].split(";")[0])

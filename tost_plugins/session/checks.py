@@ -1,0 +1,126 @@
+"""What a session looks at before it trusts a model: structure, places of weights, times, and what the end is like."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from tost_plugins.errors import TostError
+from tost_plugins.masks.base import MaskMethod, Moving
+from tost_plugins.session import buffers
+from tost_plugins.session.masked_weights import MaskedWeights
+from tost_plugins.session.optimizers import Optimizers
+from tost_plugins.training import sharding
+from tost_plugins.training.clock import Clock, times_of
+from tost_plugins.training.finite import not_finite
+from tost_plugins.training.log import say
+from tost_plugins.training.params import clean_name, some, unwrap
+from tost_plugins.tweaks import Tweak
+
+
+def bare(model: nn.Module) -> None:
+    """Raise TostError unless the model can be attached to: not wrapped, not in parts, without a session."""
+    if unwrap(model) is not model:
+        raise TostError(
+            f"attach: expected the bare model, got it inside {type(model).__name__}; attach first, then wrap or compile"
+        )
+    sharding.check_bare("attach", model)
+    if hasattr(model, buffers.CLOCK):
+        raise TostError(
+            "attach: expected a model without a session, got one that is attached already; "
+            "use that session, or finish() it first"
+        )
+
+
+def in_whole(model: nn.Module, weights: Mapping[str, nn.Parameter], method: MaskMethod, watch: Any) -> None:
+    """Raise TostError where weights are kept in parts that the recipe's mask or watch cannot work with."""
+    sharding.check_kind("start", model)
+    if not any(map(sharding.is_part, weights.values())):
+        return
+    if isinstance(method, Moving) and method.hides:
+        raise TostError(
+            f"mask {method.kind}: expected whole weights on every rank, got FSDP2's parts, of which no rank can "
+            f"tell the largest after every step; use DDP, or a mask that moves now and then (rigl, set, gradual)"
+        )
+    if watch is not None:
+        raise TostError(
+            "watch: expected whole weights on every rank, got FSDP2's parts; use DDP, or leave watch out of the recipe"
+        )
+
+
+def still_ours(model: nn.Module, added: Iterable[str], tweaks: Iterable[Tweak]) -> None:
+    """Modules that others put in the place of ours would train without masks, ghosts and soft activations: raise TostError
+    where one of the buffers `added` at attach is gone."""
+    here = {clean_name(name) for name in buffers.names(model)}
+    lost = {name.replace(".ghost_skip.", ".").rpartition(".")[0] for name in added if clean_name(name) not in here}
+    if lost:
+        raise TostError(
+            f"start: expected the modules that were there at attach, got others at {some(sorted(lost))}; "
+            f"replace modules before attach"
+        )
+    for tweak in tweaks:
+        tweak.check(model)
+
+
+def gradients(model: nn.Module, optimizers: Optimizers, clock: Clock) -> None:
+    """Raise TostError on a step whose gradients hold NaN or Inf."""
+    bad = optimizers.not_finite(model)
+    if bad:
+        raise TostError(
+            f"step {clock.step}: expected finite gradients, got NaN or Inf in {some(bad)}; "
+            f"lower the learning rate, clip gradients, or check the data"
+        )
+
+
+def same_recipe(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise TostError unless a checkpoint's recipe has the mask and tweaks of this one."""
+    differ = [key for key in ("mask", "tweaks") if saved.get(key) != own.get(key)]
+    if differ:
+        raise TostError(
+            f"load_state_dict: expected a checkpoint of the same {' and '.join(differ)}, got "
+            f"{saved.get(differ[0])!r}; resume with the recipe that the run was started with"
+        )
+
+
+def times(parts: Iterable[Any], clock: Clock) -> None:
+    """Raise TostError for a time in a recipe that the run's clock cannot convert."""
+    for part in parts:
+        for name, time in times_of(part).items():
+            try:
+                time.steps(clock)
+            except TostError as error:
+                raise error.at(f"{part.kind}.{name}") from None
+
+
+def over(method: MaskMethod, at_work: Mapping[str, Any], clock: Clock, gone_back: bool) -> None:
+    """Warn where tweaks are still at work, or the mask still moves, at the end. Raises TostError where the run has gone
+    back to a checkpoint of such a moment: the plain network is another than that."""
+    if at_work and gone_back:
+        raise TostError(
+            f"finish: expected a checkpoint from after the ghosts and soft activations have ended, got one of step "
+            f"{clock.step} ({dict(at_work)}), which is another network without them; load a later one, or train on"
+        )
+    live = dict(at_work)
+    if isinstance(method, Moving) and hasattr(method, "until") and not method.settled(clock):
+        live["mask"] = "moving"
+    if live:
+        say(
+            f"finish at step {clock.step}, before the schedules ended ({live}): the network changes "
+            f"abruptly and may lose accuracy",
+            logging.WARNING,
+        )
+
+
+def diverged(weights: MaskedWeights) -> None:
+    """The last step may have blown weights up, which no gradient tells any more: warn, and keep zeros outside the mask."""
+    bad = not_finite({name: param for name, param in weights.weights.items() if param.numel()})
+    if bad:
+        weights.zero(diverged=True)
+        say(
+            f"finish: expected finite weights, got NaN or Inf in {some(bad)}; lower the learning rate, or take an "
+            f"earlier checkpoint",
+            logging.WARNING,
+        )

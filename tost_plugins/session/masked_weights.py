@@ -1,0 +1,140 @@
+"""The one owner of masked weights: their masks, and all that keeps weights and gradients in line with them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tost_plugins.masks.mask import Mask
+from tost_plugins.masks.topk import count_true
+from tost_plugins.session.optimizers import Optimizers
+from tost_plugins.training.clock import Clock
+from tost_plugins.training.sharding import like, local
+
+
+class MaskedWeights:
+    """Weights by name, each with its mask in its own dtype, layout and place, ready to multiply with.
+
+    While `follow` holds, gradients of removed weights are 0 as they arrive, so that clipping, averaging and logging see
+    the sparse network, and so what an optimizer keeps for such a weight stays what it gives a new one: it is left alone.
+    `after_step` makes every removed weight exactly 0, whatever the optimizer did. A mask that moves is a `MovingWeights`.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], mask: Mapping[str, Tensor]) -> None:
+        self.weights = dict(weights)
+        # laid out in memory as the weight is: multiplying two layouts takes many times as long
+        self.kept = {
+            name: torch.empty_like(param.detach()).copy_(like(mask[name].to(param.device), param))
+            for name, param in weights.items()
+        }
+        self._count = sum(int(count_true(kept)) for kept in mask.values())
+        self.moved: dict[str, float] = {}
+        self._mask: Mask | None = mask if isinstance(mask, Mask) else None  # None: made when somebody asks
+        self._arrived: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # gradients as they were when last masked
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    @property
+    def mask(self) -> Mask:
+        """What is kept now, on the CPU."""
+        if self._mask is None:
+            self._mask = Mask(self.kept)
+        return self._mask
+
+    @property
+    def size(self) -> int:
+        """How many weights there are."""
+        return sum(param.numel() for param in self.weights.values())
+
+    @property
+    def count(self) -> int:
+        """How many of them are kept."""
+        return self._count
+
+    def metrics(self) -> dict[str, float]:
+        """What to log of a mask that moves, or has moved; nothing otherwise."""
+        return self.moved
+
+    # ---- gradients
+
+    def follow(self) -> None:
+        """From now on no gradient of a removed weight is seen by anybody, but where a mask that moves is to see it.
+
+        Autograd calls these hooks before DDP averages the gradients (the mean of masked ones is the masked mean), outside
+        compiled graphs, and never in copies of the model: a parameter is copied without its hooks. Masking twice is once,
+        so micro-batches need no care.
+        """
+        self.release()
+        self._handles = [self._hook(name, param) for name, param in self.weights.items()]
+
+    def release(self) -> bool:
+        """Let gradients be what they are; True if they were followed."""
+        handles, self._handles = self._handles, []
+        for handle in handles:
+            handle.remove()
+        return bool(handles)
+
+    def _hook(self, name: str, param: nn.Parameter) -> torch.utils.hooks.RemovableHandle:
+        owner = weakref.ref(self)  # torch holds the hooks where Python's collector cannot see them
+
+        def hook(_: Tensor) -> None:
+            if (found := owner()) is not None and not found.wants_dense():
+                found._mask_gradient(name)
+
+        frozen = not param.requires_grad
+        param.requires_grad_()  # torch refuses the hook without, but keeps it for when the weight is trained
+        handle = param.register_post_accumulate_grad_hook(hook)
+        if frozen:
+            param.requires_grad_(False)
+        return handle
+
+    def _mask_gradient(self, name: str) -> None:
+        grad = self.weights[name].grad
+        if grad is not None:
+            grad.mul_(self.kept[name])
+            self._arrived[name] = weakref.ref(grad), grad._version
+
+    def wants_dense(self) -> bool:
+        """Whether the gradients of the step at hand are to reach removed weights too."""
+        return False
+
+    # ---- around a step
+
+    def begin(self, clock: Clock, optimizers: Optimizers | None, fresh: bool) -> None:
+        """At the start of a run (`fresh`), or where it goes on from a checkpoint."""
+        self.zero()
+        if fresh:
+            self.forget(optimizers)
+
+    @torch.no_grad()
+    def before_step(self, optimizers: Optimizers | None = None, check_finite: bool = True) -> None:
+        """With final gradients: mask those that have come by another way, or were changed since they came."""
+        for name, param in self.weights.items():
+            grad, (seen, version) = param.grad, self._arrived.get(name, (lambda: None, -1))
+            if grad is not None and (seen() is not grad or grad._version != version):
+                self._mask_gradient(name)
+
+    def after_step(self, clock: Clock, optimizers: Optimizers | None = None) -> None:
+        """When a step is done: every removed weight is exactly 0."""
+        self.zero()
+
+    def forget(self, optimizers: Optimizers | None) -> None:
+        """Removed weights have gone: optimizers remember nothing of them."""
+        for name, weight in self.weights.items():
+            if optimizers is not None and optimizers.remember(weight):
+                removed = local(self.kept[name]) == 0
+                optimizers.renew(weight, removed, torch.zeros_like(removed))
+
+    def conceal(self) -> None:
+        """Take removed weights that train out of sight out of the network again, if there are any."""
+
+    @torch.no_grad()
+    def zero(self, diverged: bool = False) -> None:
+        """Set removed weights to exactly 0; `diverged`: also those that are NaN or infinite, which a product leaves so."""
+        if diverged:
+            for name, kept in self.kept.items():
+                self.weights[name].masked_fill_(kept == 0, 0)
+        elif self.weights:
+            torch._foreach_mul_([local(w) for w in self.weights.values()], [local(kept) for kept in self.kept.values()])

@@ -1,0 +1,64 @@
+"""What an optimizer keeps for each weight, and what it keeps for a new one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def numbers(weight: Tensor, state: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The floating-point numbers, one for each of a weight's, in an optimizer's state of it, however nested, by their keys."""
+    if isinstance(state, Tensor):
+        plain = type(state) in (Tensor, nn.Parameter) or hasattr(state, "device_mesh")  # others hold a few bits
+        if plain and state.shape == weight.shape and state.is_floating_point():
+            yield key, state
+    elif isinstance(state, Mapping):
+        for name, value in state.items():
+            yield from numbers(weight, value, str(name))
+    elif isinstance(state, (list, tuple)):
+        for value in state:
+            yield from numbers(weight, value, key)
+
+
+def start_values(optimizer: Any, weight: nn.Parameter) -> dict[str, float]:
+    """Key -> the number that an optimizer keeps for a weight which has never had a gradient: 0 for momentum, the learning rate
+    for Rprop's steps. A key is missing where its numbers do not stand for single weights, as in a rotated basis.
+
+    It is tried out: an optimizer of the same kind and settings trains a small parameter half of whose gradients are 0.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(4, 4))
+        >>> start_values(torch.optim.Rprop([weight], lr=0.5), weight)
+        {'prev': 0.0, 'step_size': 0.5}
+    """
+    shape = [
+        min(side, 5 - 2 * (place % 2)) for place, side in enumerate(weight.shape)
+    ]  # no square: it may mean something
+    settings = next(
+        {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for group in optimizer.param_groups
+        if any(param is weight for param in group["params"])
+    )
+    wave = torch.linspace(1, 20, torch.Size(shape).numel()).sin().view(shape)
+    keep = torch.arange(wave.numel()).view(shape) % 2 == 0
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            probe = nn.Parameter((wave * keep).to(weight.dtype))
+            needed = inspect.signature(type(optimizer)).parameters.values()
+            twin = type(optimizer)(
+                [{**settings, "params": [probe]}],
+                **{p.name: settings[p.name] for p in needed if p.default is p.empty and p.name in settings},
+            )
+            getattr(twin, "train", lambda: None)()  # schedule-free optimizers ask for it
+            for turn in range(3):
+                probe.grad = (wave.roll(turn) * keep).to(weight.dtype)
+                twin.step()
+                probe.mul_(keep)
+            found = {key: value[~keep] for key, value in numbers(probe, twin.state.get(probe))}
+    except Exception:  # somebody's class, made in another way
+        return {}
+    return {key: idle[0].item() for key, idle in found.items() if idle.numel() and bool((idle == idle[0]).all())}

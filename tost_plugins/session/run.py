@@ -1,0 +1,114 @@
+"""A run from its start to its end: its clock, its masked weights, and whoever watches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from tost_plugins.masks.base import Moving
+from tost_plugins.masks.mask import Mask
+from tost_plugins.session import buffers, checks
+from tost_plugins.session.active_tweaks import ActiveTweaks
+from tost_plugins.session.masked_weights import MaskedWeights
+from tost_plugins.session.moving import MovingWeights
+from tost_plugins.session.optimizers import Optimizers
+from tost_plugins.session.saved_clock import SavedClock
+from tost_plugins.session.start import begin, impose, say_begun
+from tost_plugins.training import sharding
+from tost_plugins.training.clock import Clock
+from tost_plugins.training.params import prunable
+from tost_plugins.training.task import Task
+
+
+class Run:
+    """What a session leads: a model's weights under a mask, step after step, from a recipe or from a loaded checkpoint."""
+
+    def __init__(self, model: nn.Module, recipe: Any, given_mask: Mask | None, tweaks: ActiveTweaks) -> None:
+        self.model, self.recipe, self.given_mask, self.tweaks = model, recipe, given_mask, tweaks
+        self.clock, self.saved = Clock(), SavedClock(model)
+        self.weights: MaskedWeights | None = None
+        self._watcher: Any = None  # what the recipe's `watch` makes
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        """The weights that the recipe's mask is for."""
+        sharding.reshard(self.model)
+        return prunable(self.model, self.recipe.mask.ignore)
+
+    def begin(self, task: Task, clock: Clock, optimizers: Optimizers | None) -> None:
+        """Find the mask and begin, or go on from the checkpoint that was loaded."""
+        resumes = self.saved.step >= 0
+        self._set(self.saved.load(clock) if resumes else clock)
+        self._watcher = None if self.recipe.watch is None else self.recipe.watch.begin(task, self.clock)
+        if resumes:
+            impose(self.model, self.recipe.mask, self.given_mask, self.params)
+        else:
+            with sharding.unsharded(self.model):
+                begin(task, self.recipe, self.given_mask, self.tweaks, clock)
+        weights = self.take_mask(optimizers, fresh=not resumes)
+        if not resumes:
+            say_begun(self.recipe, self.given_mask, weights, self.tweaks)
+        self._look()
+
+    def notice_loading(self) -> None:
+        """A clock buffer that somebody else wrote means that a checkpoint was loaded: go on from there."""
+        if self.saved.was_loaded:
+            self._set(self.saved.load(self.clock))
+            impose(self.model, self.recipe.mask, self.given_mask, self.params)
+            self.take_mask()
+
+    def step(self, step: int | None, optimizers: Optimizers | None) -> None:
+        """When an optimizer step is done: removed weights are 0, the mask moves, schedules advance."""
+        self.clock = self.clock.at(self.clock.step + 1 if step is None else step)
+        assert self.weights is not None
+        self.weights.after_step(self.clock, optimizers)
+        self.saved.stepped, self.saved.gone_back = True, False
+        self._tick()
+        self._look()
+
+    def end(self) -> tuple[Mask, dict[str, float]]:
+        """The last look: the mask, and what it had to say of its moves; its buffers may go now."""
+        checks.over(self.recipe.mask, self.tweaks.at_work(), self.clock, self.saved.gone_back)
+        assert self.weights is not None
+        mask = self.weights.mask
+        if self._watcher is not None:
+            self._watcher.finish(mask, self.clock)
+        return mask, self.weights.metrics()
+
+    def take_mask(self, optimizers: Optimizers | None = None, fresh: bool = False) -> MaskedWeights:
+        """Take the mask from the model's buffers, and bring all else in line with it."""
+        params, method = self.params, self.recipe.mask
+        if isinstance(method, Moving):
+            weights = self._keep(MovingWeights(self.model, params, method, self.recipe.seed))
+        else:
+            weights = self._keep(MaskedWeights(params, buffers.beside(self.model, params)))
+        weights.begin(self.clock, optimizers, fresh)
+        self._tick()
+        return weights
+
+    def keep(self, mask: Mapping[str, Tensor]) -> None:
+        """Keep the weights of a finished network in line with its mask."""
+        self._keep(MaskedWeights(self.params, mask)).zero()
+
+    def _keep(self, weights: MaskedWeights) -> MaskedWeights:
+        """Take over: loading may have put other parameters in place of those before."""
+        before, self.weights = self.weights, weights
+        if before is not None and before.release():
+            weights.follow()
+        self.tweaks.count()
+        return weights
+
+    def _set(self, clock: Clock) -> None:
+        self.clock = clock
+        checks.times((self.recipe.mask, *self.tweaks), clock)
+
+    def _tick(self) -> None:
+        self.tweaks.advance(self.clock)
+        self.saved.write(self.clock)
+
+    def _look(self) -> None:
+        if self._watcher is not None and self._watcher.due(self.clock):
+            assert self.weights is not None
+            self._watcher.look(self.weights.mask, self.clock)

@@ -1,0 +1,76 @@
+"""The start of a run: its mask found, checked and applied, its tweaks begun; after an error the weights are what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tost_plugins import masks
+from tost_plugins.errors import TostError
+from tost_plugins.masks.base import MaskMethod, Moving
+from tost_plugins.masks.mask import Mask
+from tost_plugins.masks.topk import revive
+from tost_plugins.session import buffers
+from tost_plugins.session.active_tweaks import ActiveTweaks
+from tost_plugins.session.masked_weights import MaskedWeights
+from tost_plugins.session.report import report
+from tost_plugins.training.clock import Clock
+from tost_plugins.training.log import say
+from tost_plugins.training.task import Task
+
+
+def begin(task: Task, recipe: Any, given: Mask | None, tweaks: ActiveTweaks, clock: Clock) -> None:
+    """Find the mask to train with, put it into the model's buffers, and apply it unless removed weights train out of sight."""
+    method = recipe.mask
+    # without tweaks nothing can go wrong any more when the mask is found
+    before = {param: param.detach().clone() for param in task.model.parameters()} if tweaks.active else {}
+    with tweaks.quiet():
+        mask = _find(task, method, given, recipe.seed)
+        try:
+            if tweaks.active and not (isinstance(method, Moving) and method.hides and not method.settled(clock)):
+                mask.apply_(task.params)  # else when the run takes the mask over
+            tweaks.start(task, mask)
+        except BaseException:
+            with torch.no_grad():
+                for param, value in before.items():
+                    param.copy_(value)
+            raise
+    for which in (buffers.MASK, buffers.SEEN) if isinstance(method, Moving) else (buffers.MASK,):
+        for name, buffer in buffers.beside(task.model, dict(task.params), which).items():
+            buffer.copy_(mask[name])
+
+
+def say_begun(recipe: Any, given: Mask | None, weights: MaskedWeights, tweaks: ActiveTweaks) -> None:
+    """The one line that says what a run starts with."""
+    kinds = ", ".join(tweak.kind for tweak in tweaks) or "no tweaks"
+    left = f"; left out: {', '.join(tweaks.left_out)}" if tweaks.left_out else ""
+    source = "a given mask" if given is not None else recipe.mask.kind
+    say(f"recipe {recipe.name}: {source}, {report(weights, tweaks, rows=False)}; {kinds}{left}")
+
+
+def fitted(given: Mask, method: MaskMethod, params: Mapping[str, nn.Parameter]) -> Mask:
+    """A given mask, cut to the network's layers and checked."""
+    return revive(given.fit(params), params, getattr(method, "on_collapse", "error"))
+
+
+def impose(model: nn.Module, method: MaskMethod, given: Mask | None, params: Mapping[str, nn.Parameter]) -> None:
+    """A given mask that does not move stands above a checkpoint's: a lottery ticket goes on from an early, denser state."""
+    if given is None or isinstance(method, Moving):
+        return
+    mask, saved = fitted(given, method, params), buffers.beside(model, dict(params))
+    if mask != (loaded := Mask(saved)):
+        say(f"the given mask (sparsity {mask.sparsity:.4f}) replaces the checkpoint's ({loaded.sparsity:.4f})")
+    for name, buffer in saved.items():
+        buffer.copy_(mask[name])
+
+
+def _find(task: Task, method: MaskMethod, given: Mask | None, seed: int) -> Mask:
+    if given is not None:
+        return fitted(given, method, task.params)
+    try:
+        return masks.run(method, task, seed)
+    except TostError as error:
+        raise error.at(f"mask {method.kind}") from None
