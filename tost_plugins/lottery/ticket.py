@@ -47,7 +47,7 @@ class LotteryTicket(lottery_ticket.LotteryTicket):
         the function leaves weights outside its mask.
 
         Example:
-            >>> import tempfile
+            >>> import tempfile, torch
             >>> net, x = nn.Linear(10, 10), torch.randn(16, 10)
             >>> def train(model, round):
             ...     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
