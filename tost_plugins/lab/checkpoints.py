@@ -13,8 +13,8 @@ from torch import nn
 
 from tost_plugins.errors import TostError
 from tost_plugins.files import pickles
+from tost_plugins.files.tensors import read_tensors
 from tost_plugins.lab.export import find
-from tost_plugins.masks.mask import read_tensors
 from tost_plugins.session import buffers
 from tost_plugins.training.log import say
 from tost_plugins.training.params import clean_name

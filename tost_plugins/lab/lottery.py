@@ -10,14 +10,15 @@ from torch import Tensor
 
 from tost_plugins.errors import TostError
 from tost_plugins.files.atomic import copy_folder
+from tost_plugins.files.tensors import by_clean_name, read_tensors
 from tost_plugins.lab.job import Listener
 from tost_plugins.lab.train import check_out, prepare, train
 from tost_plugins.lottery.rounds import each, first_step
-from tost_plugins.masks.mask import Mask, read_tensors
+from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods.lottery_ticket import LotteryTicket
 from tost_plugins.recipe.recipe import Recipe
 from tost_plugins.training.clock import Clock
-from tost_plugins.training.params import clean_name, prunable
+from tost_plugins.training.params import prunable
 
 
 def lottery(
@@ -57,18 +58,13 @@ def lottery(
         if number and first:
             copy_folder(out / "round-00" / "early", folder / "checkpoints")
         result = train(recipe, folder, True, mask, named, 0 if number else first)
-        return _weights(folder), _scores(recipe, result)
+        return by_clean_name(read_tensors(folder / "model.safetensors")[0]), _scores(recipe, result)
 
     rows = []
     for row in each(ticket, dense, out, one):
         rows.append(row)
         listen("round", row)
     return rows
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    """Those that a round's run ended with."""
-    return {clean_name(name): tensor for name, tensor in read_tensors(folder / "model.safetensors")[0].items()}
 
 
 def _scores(recipe: Recipe, result: Mapping[str, Any]) -> dict[str, float]:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from tost_plugins import masks
 from tost_plugins.errors import TostError
-from tost_plugins.files.atomic import read_json, replacing, write, write_csv
+from tost_plugins.files.atomic import read_json, write, write_csv
+from tost_plugins.files.tensors import write_tensors
 from tost_plugins.lab import data, models, sources
 from tost_plugins.lab.job import Job, Listener
 from tost_plugins.masks.mask import Mask
@@ -158,9 +158,7 @@ def _conclude(job: Job, session: Session) -> dict[str, Any]:
     mask.save(job.out / "mask.safetensors")
     if session.moving is not None:
         write_csv(job.out / "movement.csv", _movement(job.history))
-    state = {name: value.detach().cpu().contiguous() for name, value in job.model.state_dict().items()}
-    with replacing(job.out / "model.safetensors") as temporary:
-        save_file(state, str(temporary))
+    write_tensors(job.out / "model.safetensors", job.model.state_dict())
     report = session.report()
     result = {
         "name": job.recipe.name,
