@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from tost_plugins.errors import TostError
-from tost_plugins.lab.data import Augment, Data, Loader, Split
-from tost_plugins.lab.sources import load
+from tost_plugins.lab.data import Augment, Data, Loader, Split, load
 
 PLAIN = {"path": None, "limit": None, "validation": 0, "augment": False, "image_size": None}
 

@@ -20,7 +20,7 @@ from tost_plugins import masks
 from tost_plugins.errors import TostError
 from tost_plugins.files.atomic import read_json, write, write_csv
 from tost_plugins.files.tensors import write_tensors
-from tost_plugins.lab import data, models, sources
+from tost_plugins.lab import data, models
 from tost_plugins.lab.job import Job, Listener
 from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe.recipe import Recipe, read
@@ -73,7 +73,7 @@ def prepare(recipe: Recipe, out: Path, mask: Mask | None = None, listen: Listene
     """Data, model (seeded) and loader of a run; nothing is written yet."""
     if ranks.world() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TostError("tost train: expected one process, got several; for several, use an adapter in your own script")
-    loaded = sources.load(recipe.data)
+    loaded = data.load(recipe.data)
     torch.manual_seed(recipe.seed)
     channels = loaded.train.images.shape[1]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

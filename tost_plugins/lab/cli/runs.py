@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tost_plugins.lab.cli.arguments import (  # fmt: skip
+from tost_plugins.lab.cli.arguments import (
     JobsOption,
     JsonOption,
     RecipeArg,
