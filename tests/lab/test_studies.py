@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from tost_plugins import Mask, Recipe, TostError
 from tost_plugins.lab import grid
 from tost_plugins.lab.cli import app
+from tost_plugins.lab.grid.starts import start_with_signs
 from tost_plugins.lab.page import page
 from tost_plugins.lab.studies import registry as studies
 from tost_plugins.lab.train import prepare
@@ -304,7 +305,7 @@ def test_constant_signs_start_a_run(tmp_path: Path) -> None:
     )
     own = prunable(prepare(recipe, tmp_path).model)
     model = prepare(recipe, tmp_path).model
-    grid._signs(model, None)
+    start_with_signs(model, None)
     for name, weight in prunable(model).items():
         assert weight.abs().unique().numel() == 1 and bool((weight.sign() == own[name].sign()).all())
 

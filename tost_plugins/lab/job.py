@@ -17,13 +17,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tost_plugins.files.atomic import copy_folder, read_json, write
 from tost_plugins.lab import data
+from tost_plugins.lab.progress import Listener, silent
 from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe.recipe import Recipe
 from tost_plugins.session.session import Session
 from tost_plugins.training.clock import Clock
-
-#: What a run reports while it goes on: ("run", {...}), ("step", {...}) and ("epoch", {...}).
-Listener = Callable[[str, dict[str, Any]], None]
 
 
 class Stopped(Exception):
@@ -42,7 +40,7 @@ class Job:
     total_steps: int
     device: torch.device
     mask: Mask | None = None
-    listen: Listener = lambda event, values: None
+    listen: Listener = silent
     stop: bool = False
     keep_at: int = 0  # the step whose checkpoint stays in out/early, for a lottery ticket to rewind to; 0 for none
     history: list[dict[str, Any]] = field(default_factory=list)

@@ -116,10 +116,14 @@ def summary(rows: Sequence[Mapping[str, Any]], plot: Plot) -> list[dict[str, Any
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row[plot.y])
     return [
-        {**dict(zip(keys, group, strict=True)), plot.y: statistics.mean(values),
-         "std": statistics.stdev(values) if len(values) > 1 else 0.0, "n": len(values)}
+        dict(zip([*keys, plot.y, "std", "n"], [*group, *mean_std(values), len(values)], strict=True))
         for group, values in groups.items()
-    ]  # fmt: skip
+    ]
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and standard deviation (0 for one value)."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 #: Colour (each of another lightness, so that grey will do), line and marker of the lines of a figure.

@@ -21,7 +21,8 @@ from tost_plugins.errors import TostError
 from tost_plugins.files.atomic import read_json, write, write_csv
 from tost_plugins.files.tensors import write_tensors
 from tost_plugins.lab import data, models
-from tost_plugins.lab.job import Job, Listener
+from tost_plugins.lab.job import Job
+from tost_plugins.lab.progress import Listener, silent
 from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe.recipe import Recipe, read
 from tost_plugins.session.session import Session
@@ -39,7 +40,7 @@ def train(
     out: str | Path,
     resume: bool = False,
     mask: Mask | None = None,
-    listen: Listener | None = None,
+    listen: Listener = silent,
     keep_at: int = 0,
     initial: Callable[[nn.Module, Mask | None], None] | None = None,
 ) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def train(
     return _conclude(job, session)
 
 
-def prepare(recipe: Recipe, out: Path, mask: Mask | None = None, listen: Listener | None = None) -> Job:
+def prepare(recipe: Recipe, out: Path, mask: Mask | None = None, listen: Listener = silent) -> Job:
     """Data, model (seeded) and loader of a run; nothing is written yet."""
     if ranks.world() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TostError("tost train: expected one process, got several; for several, use an adapter in your own script")
@@ -87,7 +88,7 @@ def prepare(recipe: Recipe, out: Path, mask: Mask | None = None, listen: Listene
     total = recipe.duration.steps(Clock(steps_per_epoch=len(loader)))
     if total < 1:
         raise TostError(f"duration: expected at least one optimizer step, got {str(recipe.duration)!r}; make it longer")
-    return Job(recipe, out, loaded, model, loader, total, device, mask, listen or (lambda event, values: None))
+    return Job(recipe, out, loaded, model, loader, total, device, mask, listen)
 
 
 def _watched(recipe: Recipe, out: Path) -> Recipe:

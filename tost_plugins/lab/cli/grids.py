@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from tost_plugins.errors import TostError
 from tost_plugins.lab.cli.arguments import DryRunOption, JobsOption, JsonOption, SeedsOption, SetOption, show, show_plan
 from tost_plugins.lab.progress import progress
 
@@ -32,7 +33,7 @@ def reproduce(
     from tost_plugins.lab.report import table
 
     folder = out_dir or Path(f"runs/{name}-{protocol}")
-    chosen = (protocol, tables.listed(masks), tables.percents(sparsities), set_, seeds)
+    chosen = (protocol, _listed(masks), _percents(sparsities), set_, seeds)
     if dry_run:
         return show_plan(as_json, tables.plan(tables.cells(name, *chosen), folder, jobs))
     with progress(as_json) as listen:
@@ -44,6 +45,18 @@ def reproduce(
         *tables.notes(result),
         f"picture: {folder}/{name}.png   table: {folder}/{name}.csv, {name}.json",
     )
+
+
+def _listed(values: list[str]) -> list[str]:
+    """The names in options that may be repeated and may hold several, with commas between them."""
+    return [name.strip() for value in values for name in value.split(",") if name.strip()]
+
+
+def _percents(values: list[str]) -> list[float]:
+    try:
+        return [float(value) for value in _listed(values)]
+    except ValueError:
+        raise TostError(f"--sparsities: expected percents, got {', '.join(values)!r}; write 95,98") from None
 
 
 class _Names(TyperGroup):
