@@ -29,7 +29,7 @@ def last(saved: Mapping[int, Path], model: nn.Module, files: Collection[str] = (
     TostError where none is whole, and for one of another network than `model`, which is not attached yet.
     """
     complaints = []
-    for step in sorted(saved, reverse=True):
+    for step in sorted((step for step, path in saved.items() if path.exists()), reverse=True):
         complaint = _damage(saved[step], files)
         if complaint is None:
             _check_harmless(saved[step])

@@ -46,6 +46,7 @@ class Job:
     history: list[dict[str, Any]] = field(default_factory=list)
     curves: list[dict[str, float]] = field(default_factory=list)  # alpha and beta, about 200 points
     _losses: list[float] = field(default_factory=list)
+    _stopping: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -101,7 +102,7 @@ class Job:
                 step += 1
 
     def after_step(self, step: int, loss: float, model: nn.Module, session: Session, lr: float) -> bool:
-        """Count a step; at the end of an epoch evaluate and write it down. True when a checkpoint is due."""
+        """Count a step; at the end of an epoch evaluate and write it down. True when a checkpoint is due, and then `saved`."""
         if self.keep_at and step == self.keep_at + 1:  # the last checkpoint is that step's, and whole by now
             copy_folder(self.checkpoints, self.out / "early")
         if (step - 1) % self.steps_per_epoch == 0:
@@ -126,7 +127,15 @@ class Job:
         if due:
             progress = {"step": step, "losses": self._losses, "curves": self.curves}
             write(self.out / "progress.json", json.dumps(progress))
+        self._stopping = (
+            due and self.stop
+        )  # asked once: a later Ctrl-C is for the next step, which saves before it stops
         return due
+
+    def saved(self, step: int) -> None:
+        """The checkpoint that was due is written: raises Stopped where Ctrl-C has asked for it, unless the run is over."""
+        if self._stopping and step < self.total_steps:
+            raise Stopped(f"stopped at step {step} of {self.total_steps}")
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: data.Split) -> dict[str, float]:

@@ -19,11 +19,8 @@ from tost_plugins.lab.data.images import Augment, Data, Source, Split
 from tost_plugins.recipe.recipe import DataSpec
 
 _SOURCES: dict[str, Callable[[DataSpec], Source]] = {
-    "digits": digits,
-    "cifar10": cifar,
-    "cifar100": cifar,
-    "folder": folder,
-}
+    "digits": digits, "cifar10": cifar, "cifar100": cifar, "folder": folder,
+}  # fmt: skip
 
 
 def load(spec: DataSpec) -> Data:

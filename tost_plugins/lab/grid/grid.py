@@ -38,7 +38,14 @@ def run(
         check_out(out / cell.name, cell.recipe, resume=False)
     records = [record_of(cell, out) for cell in cells]
     left = [cell for cell, record in zip(cells, records, strict=True) if record is None]
-    told = _Told(listen, len(cells), len(left), jobs)
+    took: list[float] = []
+
+    def told(record: Record) -> None:
+        took.append(record["seconds"])
+        still = len(left) - len(took)
+        place = {"done": len(cells) - still, "total": len(cells), "seconds_left": statistics.mean(took) * still / jobs}
+        listen("cell", {"name": record["name"], "seconds": record["seconds"], **place})
+
     if jobs > 1:
         side_by_side(left, out, jobs, told)
     else:
@@ -56,20 +63,6 @@ def outlook(cells: Sequence[Cell], out: str | Path, jobs: int = 1) -> dict[str, 
     records = [record_of(cell, Path(out)) for cell in cells]
     took, left = [record["seconds"] for record in records if record], records.count(None)
     return {"cells": len(cells), "left": left, "seconds": statistics.mean(took) * left / jobs if took else None}
-
-
-class _Told:
-    """Says after each cell how far the grid is, and about how long it still takes."""
-
-    def __init__(self, listen: Listener, total: int, left: int, jobs: int) -> None:
-        self.listen, self.total, self.left, self.jobs, self.took = listen, total, left, jobs, []
-
-    def __call__(self, record: Record) -> None:
-        self.took.append(record["seconds"])
-        self.left -= 1
-        seconds = statistics.mean(self.took) * self.left / self.jobs
-        place = {"done": self.total - self.left, "total": self.total, "seconds_left": seconds}
-        self.listen("cell", {"name": record["name"], "seconds": record["seconds"], **place})
 
 
 def seed_range(count: int, first: int = 0) -> range:

@@ -13,7 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from tost_plugins.adapters.transformers import TostCallback
 from tost_plugins.lab import checkpoints
 from tost_plugins.lab.data import Loader
-from tost_plugins.lab.job import Job, Stopped
+from tost_plugins.lab.job import Job
 from tost_plugins.session.session import Session
 
 _FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
@@ -65,8 +65,7 @@ class _Watch(TrainerCallback):
     """Follows the run: evaluation, checkpoints, Ctrl-C."""
 
     def __init__(self, job: Job, tost: TostCallback) -> None:
-        self.job, self.tost = job, tost
-        self.loss, self.stop = 0.0, False
+        self.job, self.tost, self.loss = job, tost, 0.0
 
     def criterion(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         loss = self.tost.criterion(F.cross_entropy)(outputs, labels, num_items_in_batch)
@@ -76,11 +75,9 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         job, lr = self.job, kwargs["lr_scheduler"].get_last_lr()[0]
         control.should_save = job.after_step(state.global_step, self.loss, job.model, self.tost.session, lr)
-        self.stop = control.should_save and job.stop  # asked once: a later Ctrl-C is for the next step
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stop and state.global_step < self.job.total_steps:
-            raise Stopped(f"stopped at step {state.global_step} of {self.job.total_steps}")
+        self.job.saved(state.global_step)
 
 
 def run(job: Job, resume: bool) -> Session:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tost_plugins.lab.studies.base import Row, Size, tweaks
+from tost_plugins.lab.studies.base import Row, Size
+from tost_plugins.lab.studies.settings import tweaks
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tost_plugins.lab.reproduce.protocols import PROTOCOLS, Protocol
 from tost_plugins.lab.reproduce.tables import Table, published, table_of
 from tost_plugins.lab.studies import registry as studies
 from tost_plugins.lab.studies.base import Row, on_one_mask
+from tost_plugins.lab.studies.settings import TOST
 from tost_plugins.masks.methods.lottery_ticket import LotteryTicket
 from tost_plugins.recipe.recipe import apply_changes, read
 
@@ -46,8 +47,8 @@ def cells(
         for mask, sparsity in places:
             if mask in chosen and sparsity in levels:
                 content = _content(table, how, mask, sparsity, changes)
-                labels = {"mask": mask, "sparsity": sparsity}
-                made += on_one_mask(content, [seed], f"{mask}-{sparsity}-", table.variants(content), labels)
+                place = {"mask": mask, "sparsity": sparsity}
+                made += on_one_mask(content, [seed], table.variants(content), place)
     return made
 
 
@@ -81,7 +82,7 @@ def run(
     words += ["--sparsities", ",".join(f"{sparsity:g}" for sparsity in sparsities)] if sparsities else []
     result = {
         "about": f"ours beside {about}", "size": protocol, "title": ours, "summary": rows, "left": len(made) - len(records),
-        "paper": f"Jaiswal et al., ICML 2022, {about}. {table_of(name).note}".strip(),
+        "paper": f"{TOST}, {about}. {table_of(name).note}".strip(),
         "command": grid.command(words, changes, out),
     }  # fmt: skip
     return grid.leave(

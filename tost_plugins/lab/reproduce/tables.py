@@ -8,20 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tost_plugins.errors import unknown
-from tost_plugins.lab.studies.base import Content, Row
-from tost_plugins.lab.studies.training import alone
+from tost_plugins.lab.studies.base import Content, Row, alone
+from tost_plugins.lab.studies.settings import GHOSTS
 
 
 def _with_and_without(content: Content) -> dict[str, Row]:
-    return {"plain": {"tweaks": []}, "tost": {}}
+    return {**alone(content, ()), "tost": {}}
 
 
 def _ablation(content: Content) -> dict[str, Row]:
-    return {"plain": {"tweaks": []}, **alone(content), "tost": {}}
+    return {**alone(content), "tost": {}}
 
 
 def _ghosts(content: Content) -> dict[str, Row]:
-    return {"plain": {"tweaks": []}, **{k: v for k, v in alone(content).items() if k in _GHOSTS}}
+    return alone(content, GHOSTS)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ class Table:
         return f"table {self.number}, {model} on {self.dataset}"
 
 
-_GHOSTS = ("ghost_skip", "soft_activation")
 _WIDE = "The published ResNet-32 is the one of doubled widths (32-64-128), as ours."
 _WHICH = "The table's body says ResNet-50, its caption ResNet-18; ours is cifar/resnet18."
 _CIFAR100 = {"data": {"name": "cifar100"}}

@@ -11,12 +11,13 @@ from tost_plugins.lab import grid
 from tost_plugins.lab.progress import Listener, silent
 from tost_plugins.lab.report import Plot, study_figure, summary
 from tost_plugins.lab.studies import curves, structure, training, watching
-from tost_plugins.lab.studies.base import BASES, SEEDS, Study
+from tost_plugins.lab.studies.base import Study
+from tost_plugins.lab.studies.settings import BASES, SEEDS, TOST
 from tost_plugins.recipe.recipe import apply_changes
 
 _CURVES = Study(
     about="the curves of PSwish over beta",
-    paper="Jaiswal et al., ICML 2022, figure 5.",
+    paper=f"{TOST}, figure 5.",
     plot=Plot("x", "y", by="curve", xlabel="x", ylabel="x sigmoid(beta x)"),
     cells=lambda content, size, seeds: [],
     rows=lambda records, size: curves.pswish(),
