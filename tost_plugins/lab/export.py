@@ -27,44 +27,40 @@ def export(source: str | Path, out: str | Path, unfinished: bool = False) -> dic
     activations were still at work computes something else than the plain network: a TostError, unless `unfinished`.
     """
     path = find(Path(source))
-    if path.resolve() == Path(out).resolve():
-        raise TostError(
-            f"export {path}: expected another file to write to, got the checkpoint itself; choose a new name"
-        )
     try:
-        found, metadata = read_tensors(path)
-        tensors = by_clean_name(found)
+        return _export(path, Path(out), unfinished)
     except TostError as error:
         raise error.at(f"export {path}") from None
+
+
+def _export(path: Path, out: Path, unfinished: bool) -> dict[str, Any]:
+    if path.resolve() == out.resolve():
+        raise TostError("expected another file to write to, got the checkpoint itself; choose a new name")
+    found, metadata = read_tensors(path)
+    tensors = by_clean_name(found)
     if metadata.get("format") == FORMAT:
-        raise TostError(f"export {path}: expected a checkpoint, got a mask file, which holds no weights; see tost mask")
+        raise TostError("expected a checkpoint, got a mask file, which holds no weights; see tost mask")
     live = [name for name, value in tensors.items() if _is_live(name, value)]
     if live and not unfinished:
         raise TostError(
-            f"export {path}: expected a checkpoint from after the ghosts have ended, got one with "
-            f"{len(live)} at work ({live[0]} = {shown(tensors[live[0]].tolist())}); take a later checkpoint, or "
-            f"pass --unfinished to get the plain network as it stands"
+            f"expected a checkpoint from after the ghosts have ended, got one with {len(live)} at work ({live[0]} = "
+            f"{shown(tensors[live[0]].tolist())}); take a later checkpoint, or pass --unfinished to get the plain network "
+            f"as it stands"
         )
     plain = {name: tensor for name, tensor in tensors.items() if not _is_ours(name)}
-    masks = {
-        name.removesuffix("_mask"): comparable(tensor) != 0
-        for name, tensor in tensors.items()
-        if name.endswith(".weight_mask")
-    }
+    masks = {name.removesuffix("_mask"): tensor for name, tensor in tensors.items() if name.endswith(".weight_mask")}
     for name, mask in masks.items():
         if name not in plain or plain[name].shape != mask.shape:
             raise TostError(
-                f"export {path}: expected a weight {name} beside its mask, got none that fits; "
-                f"the checkpoint is not whole"
+                f"expected a weight {name} beside its mask, got none that fits; the checkpoint is not whole"
             )
         # not masked_fill, which knows no floats of 8 bits
-        plain[name] = torch.where(mask, comparable(plain[name]), 0).to(plain[name].dtype)
-    out = Path(out)
+        plain[name] = torch.where(comparable(mask) != 0, comparable(plain[name]), 0).to(plain[name].dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_tensors(out, plain)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise TostError(f"export {path}: expected tensors that safetensors can hold, got others ({error})") from None
+        raise TostError(f"expected tensors that safetensors can hold, got others ({error})") from None
     weights = {name: plain[name] for name in masks} or {n: t for n, t in plain.items() if t.ndim >= 2}
     size = sum(tensor.numel() for tensor in weights.values())
     kept = sum(int(comparable(tensor).count_nonzero()) for tensor in weights.values())

@@ -127,9 +127,7 @@ class Job:
         if due:
             progress = {"step": step, "losses": self._losses, "curves": self.curves}
             write(self.out / "progress.json", json.dumps(progress))
-        self._stopping = (
-            due and self.stop
-        )  # asked once: a later Ctrl-C is for the next step, which saves before it stops
+        self._stopping = due and self.stop  # a later Ctrl-C is for the next step, which saves before it stops
         return due
 
     def saved(self, step: int) -> None:

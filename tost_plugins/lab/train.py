@@ -161,21 +161,13 @@ def _conclude(job: Job, session: Session) -> dict[str, Any]:
         write_csv(job.out / "movement.csv", _movement(job.history))
     write_tensors(job.out / "model.safetensors", job.model.state_dict())
     report = session.report()
+    recipe, accuracy = job.recipe, job.evaluate(job.model, job.data.test)["accuracy"]
     result = {
-        "name": job.recipe.name,
-        "model": job.recipe.model,
-        "trainer": job.recipe.trainer,
-        "mask": job.recipe.mask.kind,
-        "tweaks": [tweak.kind for tweak in session.tweaks],
-        "left_out": session.left_out,
-        "seed": job.recipe.seed,
-        "test_accuracy": job.evaluate(job.model, job.data.test)["accuracy"],
-        "sparsity": report.sparsity,
-        "active_parameters": report.active_parameters,
-        "total_parameters": report.total_parameters,
-        "history": job.history,
-        "curves": job.curves,
-    }
+        "name": recipe.name, "model": recipe.model, "trainer": recipe.trainer, "mask": recipe.mask.kind,
+        "tweaks": [tweak.kind for tweak in session.tweaks], "left_out": session.left_out, "seed": recipe.seed,
+        "test_accuracy": accuracy, "sparsity": report.sparsity, "active_parameters": report.active_parameters,
+        "total_parameters": report.total_parameters, "history": job.history, "curves": job.curves,
+    }  # fmt: skip
     write(job.out / "result.json", json.dumps(result, indent=1))
     return result
 

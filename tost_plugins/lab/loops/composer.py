@@ -62,20 +62,11 @@ def run(job: Job, resume: bool) -> Session:
     algorithm = TostAlgorithm(job.recipe, mask=job.mask)
     watch = _Watch(job, algorithm)
     watch.trainer = Trainer(
-        model=model,
-        train_dataloader=job.loader,
-        max_duration=f"{job.total_steps}ba",
-        optimizers=optimizer,
-        schedulers=job.scheduler(optimizer),
-        step_schedulers_every_batch=True,
-        algorithms=[algorithm],
-        callbacks=[watch],
-        load_path=str(path) if resume else None,
-        device="gpu" if job.device.type == "cuda" else "cpu",
-        precision="fp32",
-        seed=job.recipe.seed,
-        progress_bar=False,
-    )
+        model=model, train_dataloader=job.loader, max_duration=f"{job.total_steps}ba", optimizers=optimizer,
+        schedulers=job.scheduler(optimizer), step_schedulers_every_batch=True, algorithms=[algorithm], callbacks=[watch],
+        load_path=str(path) if resume else None, device="gpu" if job.device.type == "cuda" else "cpu", precision="fp32",
+        seed=job.recipe.seed, progress_bar=False,
+    )  # fmt: skip
     if resume:
         job.rewind_history(int(watch.trainer.state.timestamp.batch))
     if int(watch.trainer.state.timestamp.batch) < job.total_steps:  # else the last step's checkpoint has been loaded

@@ -89,20 +89,11 @@ def run(job: Job, resume: bool) -> Session:
     tost = TostCallback(job.recipe, mask=job.mask)
     watch = _Watch(job, tost)
     args = TrainingArguments(
-        output_dir=str(job.checkpoints),
-        max_steps=job.total_steps,
-        per_device_train_batch_size=job.recipe.data.batch_size,
-        max_grad_norm=0,
-        save_strategy="no",
-        save_total_limit=1,
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        ignore_data_skip=True,  # our loader starts in the middle of an epoch by itself
-        use_cpu=job.device.type == "cpu",
-        seed=job.recipe.seed,
-    )
+        output_dir=str(job.checkpoints), max_steps=job.total_steps, max_grad_norm=0, seed=job.recipe.seed,
+        per_device_train_batch_size=job.recipe.data.batch_size, use_cpu=job.device.type == "cpu",
+        save_strategy="no", save_total_limit=1, logging_strategy="no", report_to=[], disable_tqdm=True,
+        remove_unused_columns=False, ignore_data_skip=True,  # our loader starts in the middle of an epoch by itself
+    )  # fmt: skip
     args._n_gpu = min(args.n_gpu, 1)  # one GPU, like the other trainers here; with several it takes DataParallel
     trainer = _Trainer(
         _Columns(job.loader, step, job.total_steps), model=model, args=args, callbacks=[tost, watch],

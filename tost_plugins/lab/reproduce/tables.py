@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.resources
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from tost_plugins.errors import unknown
@@ -12,31 +11,20 @@ from tost_plugins.lab.studies.base import Content, Row, alone
 from tost_plugins.lab.studies.settings import GHOSTS
 
 
-def _with_and_without(content: Content) -> dict[str, Row]:
-    return {**alone(content, ()), "tost": {}}
-
-
-def _ablation(content: Content) -> dict[str, Row]:
-    return {**alone(content), "tost": {}}
-
-
-def _ghosts(content: Content) -> dict[str, Row]:
-    return alone(content, GHOSTS)
-
-
 @dataclass(frozen=True)
 class Table:
     """A table of the paper, or one block of it: whose published numbers they are, and what of ours stands beside them.
 
     `recipe` has our network and data at the full protocol, in place of those of the shipped recipe, or of a `study` that
-    looks at the same; `variants(content)` are the trainings on each mask, the plain one first.
+    looks at the same. Beside plain training there is each tweak of these `kinds` (None: of all) alone, and all `together`.
     """
 
     number: int
     model: str
     dataset: str
     recipe: Row
-    variants: Callable[[Content], dict[str, Row]] = _with_and_without
+    kinds: tuple[str, ...] | None = ()
+    together: bool = True
     study: str | None = None
     note: str = ""
 
@@ -45,6 +33,10 @@ class Table:
         """What is published, in words."""
         model = f"{self.model} (table body)" if self.note == _WHICH else self.model
         return f"table {self.number}, {model} on {self.dataset}"
+
+    def variants(self, content: Content) -> dict[str, Row]:
+        """The trainings on each mask, the plain one first, as changes of the recipe."""
+        return alone(content, self.kinds) | ({"tost": {}} if self.together else {})
 
 
 _WIDE = "The published ResNet-32 is the one of doubled widths (32-64-128), as ours."
@@ -61,9 +53,9 @@ TABLES: dict[str, Table] = {
         {"model": "torchvision/resnet50", "data": {"name": "folder", "image_size": 64}},
         note="The images are a folder of yours: --set data.path=FOLDER.",
     ),
-    "table4": Table(4, "ResNet-18", "CIFAR-100", _RESNET18, _ablation, "ablation"),
+    "table4": Table(4, "ResNet-18", "CIFAR-100", _RESNET18, None, study="ablation"),
     "table5": Table(
-        5, "ResNet-18", "CIFAR-100", _RESNET18, _ghosts, "density-benefit",
+        5, "ResNet-18", "CIFAR-100", _RESNET18, GHOSTS, together=False, study="density-benefit",
         note="Published are gains only. At 0 % ours is dense training, without a ticket.",
     ),
 }  # fmt: skip
@@ -116,5 +108,5 @@ def table_of(name: str) -> Table:
 
 def _shipped(name: str) -> list[dict[str, str]]:
     """The rows of one of the files with published numbers."""
-    file = importlib.resources.files(__package__) / "published" / name
+    file = importlib.resources.files("tost_plugins.lab.reproduce") / "published" / name
     return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
