@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tost_plugins import Recipe
-from tost_plugins.lab import models, sources
+from tost_plugins.lab import data, models
 from tost_plugins.lab.train import train
 
 TITLE = "tost train against a loop written by hand"
@@ -65,7 +65,7 @@ def _runs(case: str, spec: dict[str, Any], count: int, folder: Path) -> Iterator
 
 def loop(recipe: Recipe, out: Path) -> None:
     """What a good user would write: no library of ours but for the network and for reading the files."""
-    found = sources.load(recipe.data)
+    found = data.load(recipe.data)
     torch.manual_seed(0)
     model = models.build(recipe.model, found.classes, found.train.images.shape[1])
     spec, size = recipe.optimizer, recipe.data.batch_size

@@ -78,17 +78,10 @@ def page(out: Path) -> str:
         about, rows = json.loads(path.with_suffix(".json").read_text()), read(path)
         lines, verdicts = table(rows, module.RATIOS)
         held += verdicts
-        without = (
-            ""
-            if part != "step" or any(row.contender == "sparsimony" for row in rows)
-            else "sparsimony was not installed.\n\n"
-        )
-        sections.append(
-            f"## {module.TITLE}\n{module.ABOUT}\n{without}"
-            + "\n".join(lines)
-            + f"\n\n`{about['command']}`, {about['minutes']} "
-            f"minutes; {about['machine']}; {about['versions']}. Rows: [{part}.csv](benchmarks/{part}.csv).\n"
-        )
+        lacks = part == "step" and not any(row.contender == "sparsimony" for row in rows)
+        head = f"## {module.TITLE}\n{module.ABOUT}\n" + "sparsimony was not installed.\n\n" * lacks
+        foot = f"`{about['command']}`, {about['minutes']} minutes; {about['machine']}; {about['versions']}."
+        sections.append(head + "\n".join(lines) + f"\n\n{foot} Rows: [{part}.csv](benchmarks/{part}.csv).\n")
     summary = f"Of {len(held)} limits {held.count(True)} are held and {held.count(False)} missed.\n"
     return "\n".join([HEAD, summary, *sections])
 
@@ -111,13 +104,8 @@ def table(rows: list[Row], ratios: Iterable[Ratio]) -> tuple[list[str], list[boo
             base = [row.value for row in own if (row.contender, row.unit) == (ratio.to, ratio.unit)]
             holds = ratio.holds(median)
             verdicts += [] if holds is None else [holds]
-            limit = (
-                ""
-                if holds is None
-                else f"at most {ratio.most:g}"
-                if ratio.most is not None
-                else f"at least {ratio.least:g}"
-            )
+            side, number = ("at most", ratio.most) if ratio.most is not None else ("at least", ratio.least)
+            limit = "" if holds is None else f"{side} {number:g}"
             verdict = {None: "", True: "held", False: "**missed**"}[holds]
             shown = amount(statistics.median(base), ratio.unit) if base else ""
             lines.append(f"| {case} | {ratio.name} | {median:.3f}{spread} | {shown} | {limit} | {verdict} |")

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from tost_plugins import Recipe, Session
-from tost_plugins.lab import data, models, sources
+from tost_plugins.lab import data, models
 from tost_plugins.tweaks.ghost_skip import ghosts
 
 
@@ -104,7 +104,7 @@ def cell(options: argparse.Namespace, key: Key) -> float:
     return json.loads(path.read_text())[-1]
 
 
-_load = functools.cache(sources.load)
+_load = functools.cache(data.load)
 
 
 def train(options: argparse.Namespace, seed: int, mask: str, setting: str) -> list[float]:

@@ -147,10 +147,8 @@ def contender(name: str, case: Case, stack: ExitStack) -> Contender:
 
 def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
     """The layers that the mask is about, and its part in float32."""
-    mask, modules = (
-        masks.find(model, "random", SPARSITY, allocation="erk", on_collapse="keep_one"),
-        dict(model.named_modules()),
-    )
+    mask = masks.find(model, "random", SPARSITY, allocation="erk", on_collapse="keep_one")
+    modules = dict(model.named_modules())
     for name in prunable(model):
         yield modules[name.rpartition(".")[0]], mask[name].float()
 

@@ -15,9 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {f"tost_plugins/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
 MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "tost_plugins").rglob("*.py")}
 MODULES |= {f"tost_plugins/adapters/{path.name}" for path in (ROOT / "adapters").glob("*.py")}
-PUBLISHED = {
-    f"tost_plugins/lab/published/{path.name}" for path in (ROOT / "tost_plugins" / "lab" / "published").glob("*.csv")
-}
+PUBLISHED = {str(path.relative_to(ROOT)) for path in (ROOT / "tost_plugins").rglob("*.csv")}
 
 # Read in an environment that has the package, from a folder that is not the checkout.
 LOOK = """

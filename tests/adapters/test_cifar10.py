@@ -3,27 +3,19 @@
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from command import tost
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from tost_plugins import Mask
 from tost_plugins.lab import models
-from tost_plugins.lab.cli import app
 
 TRAINERS = [name for name in ("torch", "composer", "transformers", "accelerate")
             if name == "torch" or importlib.util.find_spec(name)]  # fmt: skip
 SHORT = {"data.limit": 192, "data.validation": 64, "data.batch_size": 64, "duration": "5ba", "model": "cifar/resnet20",
          "tweaks.2.iterations": 1}  # fmt: skip
-
-
-def tost(*args: Any) -> str:
-    result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.mark.parametrize("recipe", ["cifar10_snip_98", "cifar10_rigl_95"])

@@ -1,5 +1,6 @@
 """Recipes, masks and checkpoints from strangers: no code runs, nothing is taken without bounds, errors are one line."""
 
+import os
 import pickle
 import re
 import subprocess
@@ -22,8 +23,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tost_plugins import Mask, Recipe, TostError
-from tost_plugins.lab import sources
 from tost_plugins.lab.cli import app
+from tost_plugins.lab.data import load
 from tost_plugins.lab.export import export
 from tost_plugins.lab.progress import progress
 from tost_plugins.lab.train import train
@@ -327,7 +328,7 @@ def test_images_that_do_not_fit_into_memory_are_refused_before_it_is_taken(
         for number in range(3):
             image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / name / f"{number}.png")
     spec = DataSpec(name="folder", path=str(tmp_path), image_size=4096)
-    monkeypatch.setattr(sources.os, "sysconf", lambda name: 1 << 14)  # 2 ** 28 bytes in all
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 << 14)  # 2 ** 28 bytes in all
     with pytest.raises(TostError, match="expected images that fit into this machine's 0 GiB, got '0 GiB'"):
-        sources.load(spec)
-    assert sources.load(DataSpec(name="folder", path=str(tmp_path), image_size=4)).classes == 2
+        load(spec)
+    assert load(DataSpec(name="folder", path=str(tmp_path), image_size=4)).classes == 2

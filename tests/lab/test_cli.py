@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import tost
 from safetensors.torch import load_file
 from torch.nn.utils import prune
-from typer.testing import CliRunner
 
 from tost_plugins import Mask, TostError
 from tost_plugins.lab import models
-from tost_plugins.lab.cli import app
 from tost_plugins.recipe.recipe import shipped
 
 pytest.importorskip("sklearn")
@@ -25,13 +24,6 @@ SMALL = [
     "--set", "trainer=torch", "--set", "model=cifar/resnet8", "--set", "data.limit=128", "--set", "duration=2ep",
     "--set", "data.batch_size=64", "--set", "tweaks.2.iterations=1",
 ]  # fmt: skip
-
-
-def tost(*args: str) -> str:
-    """Run a command in this process; a TostError comes through."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def test_train_leaves_a_plain_sparse_network_that_loads_strict(tmp_path: Path) -> None:

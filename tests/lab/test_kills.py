@@ -13,13 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from command import refused, tost
 from kills import HOW, TRAINERS, TWEAKS, installed
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from tost_plugins import Mask, TostError
-from tost_plugins.files.atomic import replacing
-from tost_plugins.lab.cli import app
 from tost_plugins.lab.job import Stopped
 from tost_plugins.lab.lottery import lottery
 from tost_plugins.lab.train import train
@@ -52,21 +49,6 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def tear(path: Path) -> None:
     """Leave the first half of a file."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def refused(call: Callable[[], Any], *parts: object) -> None:
-    """It is one line, and every part is in it."""
-    with pytest.raises(TostError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    assert all(str(part) in str(error.value) for part in parts), str(error.value)
-
-
-def tost(*args: object) -> str:
-    """Run a command in this process; a TostError comes through."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -302,25 +284,3 @@ def test_a_changed_recipe_is_refused_with_what_has_changed(ended: Callable[[str]
         assert contents(out) == before
     # a name changes nothing that is trained
     assert train(recipe("torch", name="another"), out, resume=True)["name"] == "another"
-
-
-# ---- files
-
-
-def test_a_mask_is_the_same_file_each_time(tmp_path: Path) -> None:
-    mask = Mask({'ein"ä': torch.eye(5), "b": torch.ones(3, 7)})
-    written = set()
-    for _ in range(16):
-        mask.save(tmp_path / "m.safetensors")
-        written.add((tmp_path / "m.safetensors").read_bytes())
-    assert len(written) == 1 and Mask.load(tmp_path / "m.safetensors") == mask
-    assert load_file(tmp_path / "m.safetensors").keys() == {'ein"ä', "b"}
-
-
-def test_what_fails_while_it_is_written_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
-        temporary.write_text("half of the n")
-        raise ZeroDivisionError
-    assert contents(tmp_path) == {path: b"old"}

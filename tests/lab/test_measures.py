@@ -10,8 +10,8 @@ from mask_nets import batches, net
 from torch import nn
 
 from tost_plugins import Mask, TostError, masks
+from tost_plugins.lab.grid.starts import constant_sign, shuffled
 from tost_plugins.lab.studies.curves import pswish
-from tost_plugins.lab.studies.reinit import constant_sign, shuffled
 from tost_plugins.lab.studies.robustness import prune_further, reestimate_norms, robustness
 from tost_plugins.session.watch.activations import activation_sparsity
 from tost_plugins.session.watch.emergence import emergence

@@ -10,11 +10,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from command import tost
 
 from tost_plugins import Mask, Recipe, TostError
 from tost_plugins.lab import reproduce
-from tost_plugins.lab.cli import app
 
 for needed in ("sklearn", "matplotlib"):
     pytest.importorskip(needed)
@@ -24,10 +23,8 @@ SETS = [part for change in DIGITS for part in ("--set", change)]
 TINY = ["table2", "--protocol", "cpu", "--masks", "random", "--sparsities", "95", *SETS]
 
 
-def tost(*args: object) -> str:
-    result = CliRunner().invoke(app, ["reproduce", *map(str, args)], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+def table(*args: object) -> str:
+    return tost("reproduce", *args)
 
 
 def gains(name: str, training: str = "tost") -> dict[str, list[float]]:
@@ -92,20 +89,20 @@ def test_tickets_are_found_once_for_all_trainings() -> None:
 
 def test_the_command_runs_a_table_and_goes_on_with_it(tmp_path: Path) -> None:
     args = [*TINY, "--masks", "snip", "--out", tmp_path / "r"]
-    plan = json.loads(tost(*args, "--seeds", "2", "--dry-run", "--json"))
+    plan = json.loads(table(*args, "--seeds", "2", "--dry-run", "--json"))
     assert plan == {"cells": 8, "left": 8, "seconds": None, "trainings": 8} and not (tmp_path / "r").exists()
     with pytest.raises(TostError, match="expected finished runs with and without tweaks, got none"):
-        tost(*args, "--finished")
-    one = json.loads(tost(*args, "--seeds", "1", "--json"))
+        table(*args, "--finished")
+    one = json.loads(table(*args, "--seeds", "1", "--json"))
     assert [(row["mask"], row["seeds"]) for row in one["summary"]] == [("random", 1), ("snip", 1)] and not one["left"]
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    assert json.loads(tost(*args, "--seeds", "2", "--finished", "--json"))["left"] == 4
-    assert json.loads(tost(*args, "--seeds", "2", "--dry-run", "--json"))["left"] == 4
-    both = json.loads(tost(*args, "--seeds", "2", "--json"))
+    assert json.loads(table(*args, "--seeds", "2", "--finished", "--json"))["left"] == 4
+    assert json.loads(table(*args, "--seeds", "2", "--dry-run", "--json"))["left"] == 4
+    both = json.loads(table(*args, "--seeds", "2", "--json"))
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps and not both["left"]
     result = json.loads((tmp_path / "r/table2.json").read_text())
     assert result["summary"] == both["summary"] and (tmp_path / "r/table2.png").read_bytes().startswith(b"\x89PNG")
-    shown = tost(*args, "--seeds", "2")
+    shown = table(*args, "--seeds", "2")
     assert "+1.76" in shown and "+0.83" in shown and "cifar/resnet8 on digits (96 images), 1ep, 2 seeds" in shown
 
 
@@ -155,16 +152,16 @@ def test_two_processes_fill_one_folder(jobs: tuple[int, int], tmp_path: Path) ->
 
 def test_what_cannot_be_reproduced_is_one_line() -> None:
     with pytest.raises(TostError, match="expected a known table, got 'tabel2'; did you mean 'table2'"):
-        tost("tabel2")
+        table("tabel2")
     with pytest.raises(TostError, match="--protocol: expected a known protocol, got 'long'"):
-        tost("table2", "--protocol", "long")
+        table("table2", "--protocol", "long")
     with pytest.raises(TostError, match="--masks: expected a known mask of table2, got 'rigl'"):
-        tost("table2", "--masks", "snip,rigl", "--dry-run")
+        table("table2", "--masks", "snip,rigl", "--dry-run")
     with pytest.raises(TostError, match="--sparsities: expected a known sparsity of table2, got 97"):
-        tost("table2", "--sparsities", "97", "--dry-run")
+        table("table2", "--sparsities", "97", "--dry-run")
     with pytest.raises(TostError, match="--sparsities: expected percents, got 'many'"):
-        tost("table2", "--sparsities", "many", "--dry-run")
+        table("table2", "--sparsities", "many", "--dry-run")
     with pytest.raises(TostError, match="--seeds: expected at least 1, got 0"):
-        tost("table2", "--seeds", "0", "--dry-run")
+        table("table2", "--seeds", "0", "--dry-run")
     with pytest.raises(TostError, match="use --masks and --sparsities"):
-        tost("table2", "--set", "mask.sparsity=0.5", "--dry-run")
+        table("table2", "--set", "mask.sparsity=0.5", "--dry-run")

@@ -1,5 +1,6 @@
-"""What the command `tost` does, and nothing else imports: training a recipe from the shell (`train`, `loops`, `models`,
-`data`), many of them (`grid`, `compare`, `studies`, `reproduce`), and what people look at (`report`, `page`, `progress`).
+"""What the command `tost` does, and nothing else imports. One run: `train` and `job`, under a trainer of `loops`, on `models` and
+`data`, with its `checkpoints`, `export` and `progress`. Many: `compare`, `lottery`, `grid`, `studies`, `reproduce`. What people
+look at: `cli`, `report`, `page`.
 
 May import: errors, training, files, masks, tweaks, session, recipe, lottery, adapters.
 """

@@ -13,8 +13,8 @@ from torch import nn
 
 from tost_plugins.errors import TostError
 from tost_plugins.files import pickles
+from tost_plugins.files.tensors import read_tensors
 from tost_plugins.lab.export import find
-from tost_plugins.masks.mask import read_tensors
 from tost_plugins.session import buffers
 from tost_plugins.training.log import say
 from tost_plugins.training.params import clean_name
@@ -29,7 +29,7 @@ def last(saved: Mapping[int, Path], model: nn.Module, files: Collection[str] = (
     TostError where none is whole, and for one of another network than `model`, which is not attached yet.
     """
     complaints = []
-    for step in sorted(saved, reverse=True):
+    for step in sorted((step for step, path in saved.items() if path.exists()), reverse=True):
         complaint = _damage(saved[step], files)
         if complaint is None:
             _check_harmless(saved[step])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
 
 from tost_plugins.errors import TostError
 from tost_plugins.lab import grid
-from tost_plugins.lab.job import Listener
+from tost_plugins.lab.progress import Listener, silent
+from tost_plugins.lab.report import mean_std
 from tost_plugins.masks.base import Moving
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods.lottery_ticket import LotteryTicket, single_run
@@ -22,7 +22,7 @@ def compare(
     out: str | Path,
     seeds: int = 3,
     resume: bool = False,
-    listen: Listener | None = None,
+    listen: Listener = silent,
     jobs: int = 1,
 ) -> dict[str, Any]:
     """Train a recipe on `seeds` seeds (recipe.seed, +1, ...) with its tweaks and without, on equal masks and data.
@@ -34,8 +34,6 @@ def compare(
     """
     if not recipe.tweaks:
         raise TostError("tost compare: expected a recipe with tweaks, got none; add some, or use tost train")
-    if seeds < 1:
-        raise TostError(f"--seeds: expected at least 1, got {seeds}; 3 or more say something about the spread")
     if isinstance(recipe.mask, LotteryTicket):  # whose rounds would find a mask with the tweaks, and another without
         raise single_run().at("mask lottery_ticket")
     records = grid.run(cells(recipe, seeds), out, jobs, resume, listen)
@@ -49,12 +47,12 @@ def compare(
                 f"seed {seed}: expected the same mask with and without tweaks, got two; report this as a bug"
             )
         rows.append({"seed": seed, "plain": plain, "tost": tost, "difference": tost - plain})
-    columns = {key: [row[key] for row in rows] for key in ("plain", "tost", "difference")}
+    spread = {key: mean_std([row[key] for row in rows]) for key in ("plain", "tost", "difference")}
     return {
         "recipe": recipe.to_dict(),
         "rows": rows,
-        "mean": {key: statistics.mean(values) for key, values in columns.items()},
-        "std": {key: statistics.stdev(values) if seeds > 1 else 0.0 for key, values in columns.items()},
+        "mean": {key: mean for key, (mean, _) in spread.items()},
+        "std": {key: std for key, (_, std) in spread.items()},
         "runs": runs,
     }
 
@@ -62,7 +60,7 @@ def compare(
 def cells(recipe: Recipe, seeds: int) -> list[grid.Cell]:
     """For each seed the run without tweaks, then the one with them."""
     made = []
-    for seed in range(recipe.seed, recipe.seed + seeds):
+    for seed in grid.seed_range(seeds, recipe.seed):
         for variant in VARIANTS:
             changes: dict[str, Any] = {"seed": seed} | ({"tweaks": ()} if variant == "plain" else {})
             changes["name"] = f"{recipe.name} ({variant}, seed {seed})"

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tost_plugins.errors import TostError, shown
-from tost_plugins.files.atomic import replacing
-from tost_plugins.masks.mask import by_clean_name, comparable, read_tensors
+from tost_plugins.files.tensors import by_clean_name, comparable, read_tensors, write_tensors
+from tost_plugins.masks.mask import FORMAT
 from tost_plugins.session import buffers
 from tost_plugins.tweaks.soft_activation import RELU
 
@@ -28,52 +27,43 @@ def export(source: str | Path, out: str | Path, unfinished: bool = False) -> dic
     activations were still at work computes something else than the plain network: a TostError, unless `unfinished`.
     """
     path = find(Path(source))
-    if path.resolve() == Path(out).resolve():
-        raise TostError(
-            f"export {path}: expected another file to write to, got the checkpoint itself; choose a new name"
-        )
     try:
-        found, packed = read_tensors(path)
-        tensors = by_clean_name(found)
+        return _export(path, Path(out), unfinished)
     except TostError as error:
         raise error.at(f"export {path}") from None
-    if packed is not None:
-        raise TostError(f"export {path}: expected a checkpoint, got a mask file, which holds no weights; see tost mask")
+
+
+def _export(path: Path, out: Path, unfinished: bool) -> dict[str, Any]:
+    if path.resolve() == out.resolve():
+        raise TostError("expected another file to write to, got the checkpoint itself; choose a new name")
+    found, metadata = read_tensors(path)
+    tensors = by_clean_name(found)
+    if metadata.get("format") == FORMAT:
+        raise TostError("expected a checkpoint, got a mask file, which holds no weights; see tost mask")
     live = [name for name, value in tensors.items() if _is_live(name, value)]
     if live and not unfinished:
         raise TostError(
-            f"export {path}: expected a checkpoint from after the ghosts have ended, got one with "
-            f"{len(live)} at work ({live[0]} = {shown(tensors[live[0]].tolist())}); take a later checkpoint, or "
-            f"pass --unfinished to get the plain network as it stands"
+            f"expected a checkpoint from after the ghosts have ended, got one with {len(live)} at work ({live[0]} = "
+            f"{shown(tensors[live[0]].tolist())}); take a later checkpoint, or pass --unfinished to get the plain network "
+            f"as it stands"
         )
     plain = {name: tensor for name, tensor in tensors.items() if not _is_ours(name)}
-    masks = {
-        name.removesuffix("_mask"): comparable(tensor) != 0
-        for name, tensor in tensors.items()
-        if name.endswith(".weight_mask")
-    }
+    masks = {name.removesuffix("_mask"): tensor for name, tensor in tensors.items() if name.endswith(".weight_mask")}
     for name, mask in masks.items():
         if name not in plain or plain[name].shape != mask.shape:
             raise TostError(
-                f"export {path}: expected a weight {name} beside its mask, got none that fits; "
-                f"the checkpoint is not whole"
+                f"expected a weight {name} beside its mask, got none that fits; the checkpoint is not whole"
             )
         # not masked_fill, which knows no floats of 8 bits
-        plain[name] = torch.where(mask, comparable(plain[name]), 0).to(plain[name].dtype)
-    out = Path(out)
+        plain[name] = torch.where(comparable(mask) != 0, comparable(plain[name]), 0).to(plain[name].dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # copies: tied weights are one tensor under two names, which safetensors refuses
-    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in plain.items()}
     try:
-        with replacing(out) as temporary:
-            save_file(copies, str(temporary))
+        write_tensors(out, plain)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise TostError(f"export {path}: expected tensors that safetensors can hold, got others ({error})") from None
+        raise TostError(f"expected tensors that safetensors can hold, got others ({error})") from None
     weights = {name: plain[name] for name in masks} or {n: t for n, t in plain.items() if t.ndim >= 2}
-    size, kept = (
-        sum(t.numel() for t in weights.values()),
-        sum(int(comparable(t).count_nonzero()) for t in weights.values()),
-    )
+    size = sum(tensor.numel() for tensor in weights.values())
+    kept = sum(int(comparable(tensor).count_nonzero()) for tensor in weights.values())
     return {"source": str(path), "out": str(out), "tensors": len(plain), "layers": len(weights),
             "sparsity": 1 - kept / size if size else 0.0}  # fmt: skip
 
@@ -82,9 +72,8 @@ def find(source: Path) -> Path:
     """The file with the weights: the source itself, or the newest one in a run's or a checkpoint's folder."""
     if os.path.isfile(source):
         return source
-    saved = sorted(
-        (source / "checkpoints").glob("*-[0-9]*") if os.path.isdir(source) else (), key=_number
-    )  # checkpoint-500, step-500
+    numbered = (source / "checkpoints").glob("*-[0-9]*") if os.path.isdir(source) else ()
+    saved = sorted(numbered, key=_number)  # checkpoint-500, step-500
     folders = [source, source / "checkpoints", *reversed(saved)]
     found = [folder / name for folder in folders for name in _FILES if os.path.isfile(folder / name)]
     if not found:

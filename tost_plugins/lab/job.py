@@ -17,13 +17,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tost_plugins.files.atomic import copy_folder, read_json, write
 from tost_plugins.lab import data
+from tost_plugins.lab.progress import Listener, silent
 from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe.recipe import Recipe
 from tost_plugins.session.session import Session
 from tost_plugins.training.clock import Clock
-
-#: What a run reports while it goes on: ("run", {...}), ("step", {...}) and ("epoch", {...}).
-Listener = Callable[[str, dict[str, Any]], None]
 
 
 class Stopped(Exception):
@@ -42,12 +40,13 @@ class Job:
     total_steps: int
     device: torch.device
     mask: Mask | None = None
-    listen: Listener = lambda event, values: None
+    listen: Listener = silent
     stop: bool = False
     keep_at: int = 0  # the step whose checkpoint stays in out/early, for a lottery ticket to rewind to; 0 for none
     history: list[dict[str, Any]] = field(default_factory=list)
     curves: list[dict[str, float]] = field(default_factory=list)  # alpha and beta, about 200 points
     _losses: list[float] = field(default_factory=list)
+    _stopping: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -103,7 +102,7 @@ class Job:
                 step += 1
 
     def after_step(self, step: int, loss: float, model: nn.Module, session: Session, lr: float) -> bool:
-        """Count a step; at the end of an epoch evaluate and write it down. True when a checkpoint is due."""
+        """Count a step; at the end of an epoch evaluate and write it down. True when a checkpoint is due, and then `saved`."""
         if self.keep_at and step == self.keep_at + 1:  # the last checkpoint is that step's, and whole by now
             copy_folder(self.checkpoints, self.out / "early")
         if (step - 1) % self.steps_per_epoch == 0:
@@ -128,7 +127,13 @@ class Job:
         if due:
             progress = {"step": step, "losses": self._losses, "curves": self.curves}
             write(self.out / "progress.json", json.dumps(progress))
+        self._stopping = due and self.stop  # a later Ctrl-C is for the next step, which saves before it stops
         return due
+
+    def saved(self, step: int) -> None:
+        """The checkpoint that was due is written: raises Stopped where Ctrl-C has asked for it, unless the run is over."""
+        if self._stopping and step < self.total_steps:
+            raise Stopped(f"stopped at step {step} of {self.total_steps}")
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: data.Split) -> dict[str, float]:

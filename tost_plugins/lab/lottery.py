@@ -10,19 +10,18 @@ from torch import Tensor
 
 from tost_plugins.errors import TostError
 from tost_plugins.files.atomic import copy_folder
-from tost_plugins.lab.job import Listener
+from tost_plugins.files.tensors import by_clean_name, read_tensors
+from tost_plugins.lab.progress import Listener, silent
 from tost_plugins.lab.train import check_out, prepare, train
 from tost_plugins.lottery.rounds import each, first_step
-from tost_plugins.masks.mask import Mask, read_tensors
+from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods.lottery_ticket import LotteryTicket
 from tost_plugins.recipe.recipe import Recipe
 from tost_plugins.training.clock import Clock
-from tost_plugins.training.params import clean_name, prunable
+from tost_plugins.training.params import prunable
 
 
-def lottery(
-    recipe: Recipe, out: str | Path, resume: bool = False, listen: Listener | None = None
-) -> list[dict[str, Any]]:
+def lottery(recipe: Recipe, out: str | Path, resume: bool = False, listen: Listener = silent) -> list[dict[str, Any]]:
     """Train a recipe whose mask is a lottery_ticket, round after round in `out`/round-00 and so on, tweaks included.
 
     The dense round keeps the trainer's own checkpoint of the moment `rewind`; each later round resumes from a copy of
@@ -34,7 +33,7 @@ def lottery(
     With `resume` finished rounds are not run again, and the one that was stopped goes on from its last checkpoint.
     Raises TostError for a recipe with another mask, and for a `rewind` beyond the run; Stopped after Ctrl-C.
     """
-    ticket, out, listen = recipe.mask, Path(out), listen or (lambda event, values: None)
+    ticket, out = recipe.mask, Path(out)
     if not isinstance(ticket, LotteryTicket):
         raise TostError(
             f"tost lottery: expected a recipe whose mask is a lottery_ticket, got {ticket.kind!r}; "
@@ -57,18 +56,13 @@ def lottery(
         if number and first:
             copy_folder(out / "round-00" / "early", folder / "checkpoints")
         result = train(recipe, folder, True, mask, named, 0 if number else first)
-        return _weights(folder), _scores(recipe, result)
+        return by_clean_name(read_tensors(folder / "model.safetensors")[0]), _scores(recipe, result)
 
     rows = []
     for row in each(ticket, dense, out, one):
         rows.append(row)
         listen("round", row)
     return rows
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    """Those that a round's run ended with."""
-    return {clean_name(name): tensor for name, tensor in read_tensors(folder / "model.safetensors")[0].items()}
 
 
 def _scores(recipe: Recipe, result: Mapping[str, Any]) -> dict[str, float]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,15 +12,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tost_plugins.errors import one_line
 
-if TYPE_CHECKING:
-    from tost_plugins.lab.job import Listener
+#: What a run tells while it goes on: ("run", {...}), ("step", {...}), ("epoch", {...}); many of them also "cell" or "round".
+Listener = Callable[[str, dict[str, Any]], None]
+
+
+def silent(event: str, values: dict[str, Any]) -> None:
+    """The listener that shows nothing."""
 
 
 @contextmanager
-def progress(silent: bool) -> Iterator[Listener | None]:
+def progress(quiet: bool) -> Iterator[Listener]:
     """A progress bar on stderr that follows the steps of one run after another, and a line for each epoch."""
-    if silent:
-        yield None
+    if quiet:
+        yield silent
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

@@ -38,11 +38,9 @@ def comparison_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def comparison_figure(result: Mapping[str, Any], path: str | Path) -> None:
     """Accuracy over the epochs with and without ToST, a line per seed and their mean; alpha and beta below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
     for variant in ("plain", "tost"):
         runs = [run for run in result["runs"] if run["variant"] == variant]
@@ -62,10 +60,8 @@ def comparison_figure(result: Mapping[str, Any], path: str | Path) -> None:
     upper.legend(loc="lower right", frameon=False)
     _schedules(lower, next(run for run in runs if run["variant"] == "tost")["curves"])
     for axes in (upper, lower):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, dpi=150, format=Path(path).suffix.removeprefix(".") or "png")
+        _lighten(axes)
+    _save(figure, path)
 
 
 def _schedules(axes: Any, curves: Sequence[Mapping[str, float]]) -> None:
@@ -116,10 +112,14 @@ def summary(rows: Sequence[Mapping[str, Any]], plot: Plot) -> list[dict[str, Any
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row[plot.y])
     return [
-        {**dict(zip(keys, group, strict=True)), plot.y: statistics.mean(values),
-         "std": statistics.stdev(values) if len(values) > 1 else 0.0, "n": len(values)}
+        dict(zip([*keys, plot.y, "std", "n"], [*group, *mean_std(values), len(values)], strict=True))
         for group, values in groups.items()
-    ]  # fmt: skip
+    ]
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and standard deviation (0 for one value)."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 #: Colour (each of another lightness, so that grey will do), line and marker of the lines of a figure.
@@ -131,7 +131,6 @@ _STYLES = [
 
 def study_figure(rows: Sequence[Mapping[str, Any]], plot: Plot, title: str, subtitle: str, path: str | Path) -> None:
     """Draw rows as `plot` says, mean and spread (standard deviation over seeds and draws), and save a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     points = summary(rows, plot)
@@ -140,14 +139,11 @@ def study_figure(rows: Sequence[Mapping[str, Any]], plot: Plot, title: str, subt
     across = min(len(panels), 2) if len(panels) != 3 else 3
     down = -(-len(panels) // across)
     figure = Figure(figsize=(3.9 * across + 1.6 * (across == 1), 3.3 * down + 1.0), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, panel in zip(
-        figure.subplots(down, across, squeeze=False, sharey=bool(plot.ylabel)).flat, panels, strict=False
-    ):
+    places = figure.subplots(down, across, squeeze=False, sharey=bool(plot.ylabel)).flat
+    for axes, panel in zip(places, panels, strict=False):
+        here = [point for point in points if not plot.panel or point[plot.panel] == panel]
         for number, line in enumerate(lines):
-            mine = [
-                p for p in points if (not plot.panel or p[plot.panel] == panel) and (not plot.by or p[plot.by] == line)
-            ]
+            mine = [point for point in here if not plot.by or point[plot.by] == line]
             _line(axes, mine, plot, line, _STYLES[number % len(_STYLES)], (number - (len(lines) - 1) / 2) * 0.12)
         if plot.chance:
             mine = [row for row in rows if not plot.panel or row[plot.panel] == panel]
@@ -157,10 +153,14 @@ def study_figure(rows: Sequence[Mapping[str, Any]], plot: Plot, title: str, subt
     figure.suptitle(f"{textwrap.fill(title, 45 * across + 20)}\n{subtitle}".strip(), fontsize=9)
     if plot.by:
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(len(handles), 2 * across), frameon=False, fontsize=8
-        )
-    figure.savefig(str(path), dpi=150)
+        across = min(len(handles), 2 * across)
+        figure.legend(handles, labels, loc="outside lower center", ncols=across, frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=150, format=Path(path).suffix.removeprefix(".") or "png")
 
 
 def _line(axes: Any, points: Sequence[Mapping[str, Any]], plot: Plot, label: Any, style: tuple, aside: float) -> None:
@@ -174,12 +174,15 @@ def _line(axes: Any, points: Sequence[Mapping[str, Any]], plot: Plot, label: Any
         axes.set_xticks(range(len(x)), [textwrap.fill(text.replace("_", " "), 12) for text in x], fontsize=8)
         axes.margins(x=0.12)
         return
-    many = len(x) > 25
-    axes.plot(
-        x, y, color=colour, linestyle=dash, marker="" if many else marker, markersize=4, linewidth=1.5, label=label
-    )
-    low, high = [a - s for a, s in zip(y, std, strict=True)], [a + s for a, s in zip(y, std, strict=True)]
+    marked = {} if len(x) > 25 else {"marker": marker, "markersize": 4}
+    axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.5, label=label, **marked)
+    low, high = ([a + sign * s for a, s in zip(y, std, strict=True)] for sign in (-1, 1))
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _lighten(axes: Any) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _by_chance(axes: Any, means: Sequence[Mapping[str, Any]]) -> None:
@@ -191,8 +194,7 @@ def _tidy(axes: Any, plot: Plot) -> None:
     axes.set_xlabel(plot.xlabel, fontsize=9)
     axes.set_ylabel(plot.ylabel, fontsize=9)
     axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    _lighten(axes)
     if plot.log:
         axes.set_yscale("log")
     low, high = axes.get_ylim()

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from tost_plugins import masks
 from tost_plugins.errors import TostError
-from tost_plugins.files.atomic import read_json, replacing, write, write_csv
-from tost_plugins.lab import data, models, sources
-from tost_plugins.lab.job import Job, Listener
+from tost_plugins.files.atomic import read_json, write, write_csv
+from tost_plugins.files.tensors import write_tensors
+from tost_plugins.lab import data, models
+from tost_plugins.lab.job import Job
+from tost_plugins.lab.progress import Listener, silent
 from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe.recipe import Recipe, read
 from tost_plugins.session.session import Session
@@ -39,7 +40,7 @@ def train(
     out: str | Path,
     resume: bool = False,
     mask: Mask | None = None,
-    listen: Listener | None = None,
+    listen: Listener = silent,
     keep_at: int = 0,
     initial: Callable[[nn.Module, Mask | None], None] | None = None,
 ) -> dict[str, Any]:
@@ -69,11 +70,11 @@ def train(
     return _conclude(job, session)
 
 
-def prepare(recipe: Recipe, out: Path, mask: Mask | None = None, listen: Listener | None = None) -> Job:
+def prepare(recipe: Recipe, out: Path, mask: Mask | None = None, listen: Listener = silent) -> Job:
     """Data, model (seeded) and loader of a run; nothing is written yet."""
     if ranks.world() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TostError("tost train: expected one process, got several; for several, use an adapter in your own script")
-    loaded = sources.load(recipe.data)
+    loaded = data.load(recipe.data)
     torch.manual_seed(recipe.seed)
     channels = loaded.train.images.shape[1]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,7 +88,7 @@ def prepare(recipe: Recipe, out: Path, mask: Mask | None = None, listen: Listene
     total = recipe.duration.steps(Clock(steps_per_epoch=len(loader)))
     if total < 1:
         raise TostError(f"duration: expected at least one optimizer step, got {str(recipe.duration)!r}; make it longer")
-    return Job(recipe, out, loaded, model, loader, total, device, mask, listen or (lambda event, values: None))
+    return Job(recipe, out, loaded, model, loader, total, device, mask, listen)
 
 
 def _watched(recipe: Recipe, out: Path) -> Recipe:
@@ -158,25 +159,15 @@ def _conclude(job: Job, session: Session) -> dict[str, Any]:
     mask.save(job.out / "mask.safetensors")
     if session.moving is not None:
         write_csv(job.out / "movement.csv", _movement(job.history))
-    state = {name: value.detach().cpu().contiguous() for name, value in job.model.state_dict().items()}
-    with replacing(job.out / "model.safetensors") as temporary:
-        save_file(state, str(temporary))
+    write_tensors(job.out / "model.safetensors", job.model.state_dict())
     report = session.report()
+    recipe, accuracy = job.recipe, job.evaluate(job.model, job.data.test)["accuracy"]
     result = {
-        "name": job.recipe.name,
-        "model": job.recipe.model,
-        "trainer": job.recipe.trainer,
-        "mask": job.recipe.mask.kind,
-        "tweaks": [tweak.kind for tweak in session.tweaks],
-        "left_out": session.left_out,
-        "seed": job.recipe.seed,
-        "test_accuracy": job.evaluate(job.model, job.data.test)["accuracy"],
-        "sparsity": report.sparsity,
-        "active_parameters": report.active_parameters,
-        "total_parameters": report.total_parameters,
-        "history": job.history,
-        "curves": job.curves,
-    }
+        "name": recipe.name, "model": recipe.model, "trainer": recipe.trainer, "mask": recipe.mask.kind,
+        "tweaks": [tweak.kind for tweak in session.tweaks], "left_out": session.left_out, "seed": recipe.seed,
+        "test_accuracy": accuracy, "sparsity": report.sparsity, "active_parameters": report.active_parameters,
+        "total_parameters": report.total_parameters, "history": job.history, "curves": job.curves,
+    }  # fmt: skip
     write(job.out / "result.json", json.dumps(result, indent=1))
     return result
 

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from tost_plugins.errors import TostError
-from tost_plugins.files import pickles
 from tost_plugins.files.atomic import replacing
-from tost_plugins.training.params import clean_name, some
+from tost_plugins.files.tensors import by_clean_name, comparable, read_tensors
+from tost_plugins.training.params import some
 from tost_plugins.training.sharding import whole
 
-_FORMAT = "tost_mask"
+#: What the metadata of a safetensors file with a mask say under "format".
+FORMAT = "tost_mask"
 
 
 class Mask(Mapping[str, Tensor]):
@@ -59,9 +59,9 @@ class Mask(Mapping[str, Tensor]):
         path = Path(path)
         if not os.path.isfile(path):
             raise TostError(f"mask file {path}: expected an existing file, got none; check the path")
-        tensors, packed = read_tensors(path)
-        if packed is not None:
-            return _unpack(path, tensors, packed)
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") == FORMAT:
+            return _unpack(path, tensors, metadata)
         try:
             return cls(_mask_entries(tensors))
         except TostError as error:
@@ -74,7 +74,7 @@ class Mask(Mapping[str, Tensor]):
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            temporary.write_bytes(_ordered(save(packed, metadata={"format": _FORMAT, "shapes": shapes})))
+            temporary.write_bytes(_ordered(save(packed, metadata={"format": FORMAT, "shapes": shapes})))
 
     @property
     def kept(self) -> int:
@@ -190,60 +190,9 @@ def _ordered(file: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + file[end:]
 
 
-def by_clean_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the prefixes of wrappers; raises TostError where two of them have the same name then."""
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if found.setdefault(clean_name(name), tensor) is not tensor:
-            raise TostError(f"expected one tensor {clean_name(name)}, got {name} and another; remove one of them")
-    return found
-
-
-def comparable(tensor: Tensor) -> Tensor:
-    """The same numbers in a type that torch can compare: not so floats of 8 bits and unsigned integers of 16 and more."""
-    if tensor.is_floating_point() and tensor.element_size() == 1:
-        return tensor.float()
-    return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
-
-
 def _only_0_and_1(tensor: Tensor) -> bool:
     tensor = comparable(tensor)
     return bool(((tensor == 0) | (tensor == 1)).all())
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """All tensors of a safetensors or torch.save file under flat names, and the metadata if it is a mask file of ours.
-
-    Pickles load with `weights_only=True`: a file that is more than plain tensors and containers is an error.
-    """
-    if path.suffix == ".safetensors" or _looks_like_safetensors(path):
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except Exception as error:  # for headers that make no sense it raises many kinds
-            raise TostError(
-                f"{path}: expected a whole safetensors file, got a damaged one ({error}); copy or save it again"
-            ) from None
-        return tensors, metadata if metadata.get("format") == _FORMAT else None
-    tensors = flatten(pickles.load(path), path)
-    pickles.check_sizes(tensors.values(), path)
-    return tensors, None
-
-
-def flatten(content: object, path: Path | str) -> dict[str, Tensor]:
-    """The state dict inside a loaded checkpoint: `state_dict`, `model`, `state` and the like are opened."""
-    for _ in range(4):  # a dict may hold itself
-        inner = content if isinstance(content, Mapping) else {}
-        keys = ("state_dict", "state", "model", "model_state_dict", "net")
-        content = next((inner[key] for key in keys if isinstance(inner.get(key), Mapping)), content)
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    if not tensors:
-        raise TostError(
-            f"{path}: expected a dict of tensors, got {type(content).__name__} without any; "
-            f"save model.state_dict() or a dict name -> mask"
-        )
-    return tensors
 
 
 def _mask_entries(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -256,11 +205,6 @@ def _mask_entries(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not weights:
         raise TostError("expected masks or weights, got neither; save model.state_dict() or a dict name -> mask")
     return {name: comparable(tensor) != 0 for name, tensor in weights.items()}
-
-
-def _looks_like_safetensors(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
 
 
 def _unpack(path: Path, packed: dict[str, Tensor], metadata: dict[str, str]) -> Mask:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from tost_plugins.adapters.accelerate import TostHook
 from tost_plugins.lab import checkpoints
-from tost_plugins.lab.job import Job, Stopped
+from tost_plugins.lab.job import Job
 from tost_plugins.session.session import Session
 
 _FILES = ("model.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl")
@@ -50,12 +50,9 @@ def run(job: Job, resume: bool) -> Session:
         scheduler.step()
         optimizer.zero_grad()
         step += 1
-        due = job.after_step(step, loss.item(), model, tost.session, scheduler.get_last_lr()[0])
-        stop = due and job.stop  # asked once: a later Ctrl-C is for the next step, which saves before it stops
-        if due:
+        if job.after_step(step, loss.item(), model, tost.session, scheduler.get_last_lr()[0]):
             save()
-        if stop and step < job.total_steps:
-            raise Stopped(f"stopped at step {step} of {job.total_steps}")
+            job.saved(step)
     tost.finish()
     return tost.session
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tost_plugins.adapters.composer import TostAlgorithm
 from tost_plugins.lab import checkpoints
-from tost_plugins.lab.job import Job, Stopped
+from tost_plugins.lab.job import Job
 from tost_plugins.session.session import Session
 
 
@@ -22,11 +22,10 @@ class _Watch(Callback):
         self.job, self.algorithm = job, algorithm
         self.trainer: Trainer
 
-    def fit_start(self, state: State, logger: Logger) -> None:
-        self.job.loader.set_epoch(int(state.timestamp.epoch))
-
     def epoch_start(self, state: State, logger: Logger) -> None:
         self.job.loader.set_epoch(int(state.timestamp.epoch))
+
+    fit_start = epoch_start
 
     def batch_end(self, state: State, logger: Logger) -> None:
         job, step = self.job, int(state.timestamp.batch)
@@ -35,54 +34,39 @@ class _Watch(Callback):
         self.due = job.after_step(step, loss, job.model, self.algorithm.session, lr)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        job, stop = self.job, self.due and self.job.stop  # asked once: a later Ctrl-C is for the next step
         if self.due:
-            job.checkpoints.mkdir(exist_ok=True)
-            fresh = self.trainer.save_checkpoint(str(job.checkpoints / "writing.pt"))
-            assert fresh is not None
-            (job.checkpoints / "writing.pt").replace(job.checkpoints / "last.pt")
-        if stop and int(state.timestamp.batch) < job.total_steps:
-            raise Stopped(f"stopped at step {int(state.timestamp.batch)} of {job.total_steps}")
+            folder = self.job.checkpoints
+            folder.mkdir(exist_ok=True)
+            self.trainer.save_checkpoint(str(folder / "writing.pt"))
+            (folder / "writing.pt").replace(folder / "last.pt")
+            self.job.saved(int(state.timestamp.batch))
 
 
 class _Classifier(ComposerClassifier):
     """Composer knows bf16 on GPUs only: the forward pass casts by itself, the same in every trainer."""
 
     def __init__(self, job: Job) -> None:
-        super().__init__(job.model, num_classes=job.data.classes, loss_fn=_loss)
+        super().__init__(job.model, num_classes=job.data.classes, loss_fn=F.cross_entropy)
         self.job = job
 
     def forward(self, batch: Any) -> Tensor:
         return self.job.forward(self.module, batch[0])
 
 
-def _loss(outputs: Any, target: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, target)
-
-
 def run(job: Job, resume: bool) -> Session:
     """Train, from the last checkpoint with `resume`."""
     path = job.checkpoints / "last.pt"
-    resume = resume and bool(checkpoints.last({1: path} if path.exists() else {}, job.model))
+    resume = resume and bool(checkpoints.last({1: path}, job.model))
     model = _Classifier(job)
     optimizer = job.optimizer(model.parameters())
     algorithm = TostAlgorithm(job.recipe, mask=job.mask)
     watch = _Watch(job, algorithm)
     watch.trainer = Trainer(
-        model=model,
-        train_dataloader=job.loader,
-        max_duration=f"{job.total_steps}ba",
-        optimizers=optimizer,
-        schedulers=job.scheduler(optimizer),
-        step_schedulers_every_batch=True,
-        algorithms=[algorithm],
-        callbacks=[watch],
-        load_path=str(path) if resume else None,
-        device="gpu" if job.device.type == "cuda" else "cpu",
-        precision="fp32",
-        seed=job.recipe.seed,
-        progress_bar=False,
-    )
+        model=model, train_dataloader=job.loader, max_duration=f"{job.total_steps}ba", optimizers=optimizer,
+        schedulers=job.scheduler(optimizer), step_schedulers_every_batch=True, algorithms=[algorithm], callbacks=[watch],
+        load_path=str(path) if resume else None, device="gpu" if job.device.type == "cuda" else "cpu", precision="fp32",
+        seed=job.recipe.seed, progress_bar=False,
+    )  # fmt: skip
     if resume:
         job.rewind_history(int(watch.trainer.state.timestamp.batch))
     if int(watch.trainer.state.timestamp.batch) < job.total_steps:  # else the last step's checkpoint has been loaded

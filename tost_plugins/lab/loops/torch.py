@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tost_plugins.files import pickles
 from tost_plugins.files.atomic import replacing
 from tost_plugins.lab import checkpoints
-from tost_plugins.lab.job import Job, Stopped
+from tost_plugins.lab.job import Job
 from tost_plugins.session.session import Session
 from tost_plugins.training import rng
 
@@ -17,7 +17,7 @@ def run(job: Job, resume: bool) -> Session:
     """Train, from the last checkpoint with `resume`."""
     torch.manual_seed(job.recipe.seed)  # like the other trainers, which seed themselves: dropout is the same in all
     model, path = job.model, job.checkpoints / "last.pt"
-    resume = resume and bool(checkpoints.last({1: path} if path.exists() else {}, model))
+    resume = resume and bool(checkpoints.last({1: path}, model))
     session = Session(model, job.recipe, job.mask).attach()
     optimizer = job.optimizer(model.parameters())
     scheduler = job.scheduler(optimizer)
@@ -47,10 +47,7 @@ def run(job: Job, resume: bool) -> Session:
             optimizer.step()
             scheduler.step()
             step += 1
-            due = job.after_step(step, loss.item(), model, session, scheduler.get_last_lr()[0])
-            stop = due and job.stop  # asked once: a later Ctrl-C is for the next step, which saves before it stops
-            if due:
+            if job.after_step(step, loss.item(), model, session, scheduler.get_last_lr()[0]):
                 save()
-            if stop and step < job.total_steps:
-                raise Stopped(f"stopped at step {step} of {job.total_steps}")
+                job.saved(step)
     return session

@@ -13,7 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from tost_plugins.adapters.transformers import TostCallback
 from tost_plugins.lab import checkpoints
 from tost_plugins.lab.data import Loader
-from tost_plugins.lab.job import Job, Stopped
+from tost_plugins.lab.job import Job
 from tost_plugins.session.session import Session
 
 _FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
@@ -65,8 +65,7 @@ class _Watch(TrainerCallback):
     """Follows the run: evaluation, checkpoints, Ctrl-C."""
 
     def __init__(self, job: Job, tost: TostCallback) -> None:
-        self.job, self.tost = job, tost
-        self.loss, self.stop = 0.0, False
+        self.job, self.tost, self.loss = job, tost, 0.0
 
     def criterion(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         loss = self.tost.criterion(F.cross_entropy)(outputs, labels, num_items_in_batch)
@@ -76,11 +75,9 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         job, lr = self.job, kwargs["lr_scheduler"].get_last_lr()[0]
         control.should_save = job.after_step(state.global_step, self.loss, job.model, self.tost.session, lr)
-        self.stop = control.should_save and job.stop  # asked once: a later Ctrl-C is for the next step
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stop and state.global_step < self.job.total_steps:
-            raise Stopped(f"stopped at step {state.global_step} of {self.job.total_steps}")
+        self.job.saved(state.global_step)
 
 
 def run(job: Job, resume: bool) -> Session:
@@ -92,20 +89,11 @@ def run(job: Job, resume: bool) -> Session:
     tost = TostCallback(job.recipe, mask=job.mask)
     watch = _Watch(job, tost)
     args = TrainingArguments(
-        output_dir=str(job.checkpoints),
-        max_steps=job.total_steps,
-        per_device_train_batch_size=job.recipe.data.batch_size,
-        max_grad_norm=0,
-        save_strategy="no",
-        save_total_limit=1,
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        ignore_data_skip=True,  # our loader starts in the middle of an epoch by itself
-        use_cpu=job.device.type == "cpu",
-        seed=job.recipe.seed,
-    )
+        output_dir=str(job.checkpoints), max_steps=job.total_steps, max_grad_norm=0, seed=job.recipe.seed,
+        per_device_train_batch_size=job.recipe.data.batch_size, use_cpu=job.device.type == "cpu",
+        save_strategy="no", save_total_limit=1, logging_strategy="no", report_to=[], disable_tqdm=True,
+        remove_unused_columns=False, ignore_data_skip=True,  # our loader starts in the middle of an epoch by itself
+    )  # fmt: skip
     args._n_gpu = min(args.n_gpu, 1)  # one GPU, like the other trainers here; with several it takes DataParallel
     trainer = _Trainer(
         _Columns(job.loader, step, job.total_steps), model=model, args=args, callbacks=[tost, watch],

@@ -5,49 +5,17 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
 
 from tost_plugins.lab.grid import Cell, Record
+from tost_plugins.lab.job import Job
 from tost_plugins.lab.report import Plot
+from tost_plugins.lab.studies.settings import Content, Row, Size
+from tost_plugins.lab.train import prepare
 from tost_plugins.recipe.recipe import Recipe
-
-Row = dict[str, Any]
-Size = Literal["smoke", "cpu", "paper"]
-Content = Mapping[str, Any]  # a recipe's content, with the user's changes
-
-_STEPS = {"schedule": {"kind": "steps", "at": ["90ep", "135ep"], "factor": 0.1}, "duration": "182ep"}
-_SNIP = {"kind": "snip", "sparsity": 0.95, "batches": 2, "on_collapse": "keep_one"}
-
-
-def tweaks(iterations: int, learning_rate: float = 0.02, alpha: float = 0.05) -> list[Row]:
-    """The four tweaks as the shipped recipes have them, with this much of rescaled_init."""
-    return [
-        {"kind": "ghost_skip", "until": "0.1dur"},
-        {"kind": "soft_activation", "until": "0.1dur"},
-        {"kind": "rescaled_init", "iterations": iterations, "learning_rate": learning_rate},
-        {"kind": "label_smoothing", "alpha": alpha},
-    ]
-
-
-#: What a study of each size trains, unless it says otherwise; `--set` changes it.
-BASES: dict[str, Row] = {
-    "smoke": {
-        "mask": _SNIP, "tweaks": tweaks(2), "model": "cifar/resnet8", "duration": "3ep", "trainer": "torch",
-        "data": {"name": "digits", "limit": 384, "batch_size": 64},
-    },
-    "cpu": {
-        "mask": _SNIP, "tweaks": tweaks(30), "model": "cifar/resnet20", "duration": "4ep", "trainer": "torch",
-        "data": {"name": "cifar10", "limit": 5000, "validation": 500, "batch_size": 64}, "precision": "bf16",
-    },
-    "paper": {
-        "mask": {"kind": "lottery_ticket", "sparsity": 0.9, "prune": 0.2, "rewind": "0ba"},
-        "tweaks": tweaks(180, 1e-3, 0.1), "model": "cifar/resnet18", "trainer": "torch", **_STEPS,
-        "data": {"name": "cifar100", "batch_size": 128},
-    },
-}  # fmt: skip
-#: What the second paper trains: CIFAR-10, and its methods.
-STRUCTURES = {"tweaks": [], "data": {"name": "cifar10", "batch_size": 128}}
-SEEDS: dict[str, int] = {"smoke": 1, "cpu": 3, "paper": 3}
 
 
 @dataclass(frozen=True)
@@ -74,14 +42,22 @@ def cell(content: Content, name: str, seed: int, labels: Row, changes: Row | Non
     return Cell(f"{folder}-seed{seed}", Recipe.from_dict(made), labels | {"seed": seed} if labels else {}, **rest)
 
 
+def alone(content: Content, kinds: Sequence[str] | None = None) -> dict[str, Row]:
+    """Name -> changes of a recipe: without tweaks, and with each of them (of these `kinds`) alone."""
+    chosen = [tweak for tweak in content["tweaks"] if kinds is None or tweak["kind"] in kinds]
+    return {"plain": {"tweaks": []}, **{tweak["kind"]: {"tweaks": [tweak]} for tweak in chosen}}
+
+
 def on_one_mask(
-    content: Content, seeds: Iterable[int], prefix: str, variants: Mapping[str, Row], labels: Row, **options: Any
+    content: Content, seeds: Iterable[int], variants: Mapping[str, Row], place: Row | None = None, **options: Any
 ) -> list[Cell]:
     """For each seed the variants (name -> changes of the recipe) on one mask; `options` are those of their cells.
 
-    A lottery ticket is found first, without tweaks; other masks are the same by their seed.
+    `place` are labels that all of them have; its values begin their names. A lottery ticket is found first, without
+    tweaks; other masks are the same by their seed.
     """
-    made = []
+    made, place = [], place or {}
+    prefix = "".join(f"{value}-" for value in place.values())
     for seed in seeds:
         changed, rest = dict(content), {}
         if content["mask"]["kind"] == "lottery_ticket":
@@ -89,14 +65,20 @@ def on_one_mask(
             made.append(ticket)
             changed["mask"], rest = FROM_PARENT, {"parent": ticket.name}
         for name, changes in variants.items():
-            made.append(
-                cell(changed, f"{prefix}{name}", seed, {**labels, "training": name}, changes, **options, **rest)
-            )
+            labels = {**place, "training": name}
+            made.append(cell(changed, f"{prefix}{name}", seed, labels, changes, **options, **rest))
     return made
 
 
 #: The recipe's mask of a cell that has a parent: the file is kept beside its run.
 FROM_PARENT: Row = {"kind": "file", "path": "structure.safetensors", "on_collapse": "keep_one"}
+
+
+def ended(folder: Path, recipe: Recipe) -> Job:
+    """A finished run's data and loader, and its network as it was left."""
+    job = prepare(recipe, folder)
+    job.model.load_state_dict(load_file(folder / "model.safetensors"))
+    return job
 
 
 def accuracies(records: Sequence[Record], size: Size) -> list[Row]:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tost_plugins.errors import TostError, unknown
-from tost_plugins.files.atomic import write
+from tost_plugins.errors import unknown
 from tost_plugins.lab import grid
-from tost_plugins.lab.job import Listener
-from tost_plugins.lab.report import Plot, study_figure, summary, write_csv
+from tost_plugins.lab.progress import Listener, silent
+from tost_plugins.lab.report import Plot, study_figure, summary
 from tost_plugins.lab.studies import curves, structure, training, watching
-from tost_plugins.lab.studies.base import BASES, SEEDS, Study
-from tost_plugins.lab.train import environment
+from tost_plugins.lab.studies.base import Study
+from tost_plugins.lab.studies.settings import BASES, SEEDS, TOST
 from tost_plugins.recipe.recipe import apply_changes
 
 _CURVES = Study(
     about="the curves of PSwish over beta",
-    paper="Jaiswal et al., ICML 2022, figure 5.",
+    paper=f"{TOST}, figure 5.",
     plot=Plot("x", "y", by="curve", xlabel="x", ylabel="x sigmoid(beta x)"),
     cells=lambda content, size, seeds: [],
     rows=lambda records, size: curves.pswish(),
@@ -54,10 +51,8 @@ def cells(name: str, size: str = "smoke", changes: Sequence[str] = (), seeds: in
         raise unknown("tost study", "study", name, STUDIES)
     if size not in BASES:
         raise unknown("--size", "size", size, BASES)
-    count = SEEDS[size] if seeds is None else seeds
-    if count < 1:
-        raise TostError(f"--seeds: expected at least 1, got {count}; 3 or more say something about the spread")
-    return STUDIES[name].cells(content_of(name, size, changes), size, range(count))  # type: ignore[arg-type]
+    count = grid.seed_range(SEEDS[size] if seeds is None else seeds)
+    return STUDIES[name].cells(content_of(name, size, changes), size, count)  # type: ignore[arg-type]
 
 
 def run(
@@ -67,7 +62,7 @@ def run(
     changes: Sequence[str] = (),
     seeds: int | None = None,
     jobs: int = 1,
-    listen: Listener | None = None,
+    listen: Listener = silent,
 ) -> dict[str, Any]:
     """Run a study in `out`: its cells, then NAME.csv (all rows), NAME-summary.csv, NAME.json and NAME.png there.
 
@@ -78,25 +73,16 @@ def run(
     records = grid.run(made, out, jobs, listen=listen)
     rows = study.rows(records, size)  # type: ignore[arg-type]
     short = summary(rows, study.plot)
-    result = {
-        "study": name, "about": study.about, "paper": study.paper, "size": size, "title": title(records),
-        "command": command(name, out, size, changes, seeds), "summary": short, "rows": rows,
-        "recipes": {cell.name: cell.recipe.to_dict() for cell in made}, "environment": environment(),
-        "seconds": sum(record["seconds"] for record in records),
-    }  # fmt: skip
-    with grid.alone(out, wait=True):  # all processes in a folder end with its last cell
-        write_csv(out / f"{name}.csv", rows)
-        write_csv(out / f"{name}-summary.csv", short)
-        study_figure(rows, study.plot, f"{name}: {study.about}", result["title"], out / f"{name}.png")
-        write(out / f"{name}.json", json.dumps(result, indent=1))
-    return result
-
-
-def command(name: str, out: Path, size: str, changes: Sequence[str], seeds: int | None) -> str:
-    """What to type to get this again."""
-    sets = [part for change in changes for part in ("--set", change)]
     count = [] if seeds is None else ["--seeds", str(seeds)]
-    return shlex.join(["tost", "study", name, "--size", size, *count, *sets, "--out", str(out)])
+    result = {
+        "about": study.about, "paper": study.paper, "size": size, "title": title(records), "summary": short, "rows": rows,
+        "command": grid.command(["tost", "study", name, "--size", size, *count], changes, out),
+    }  # fmt: skip
+
+    def draw(path: Path) -> None:
+        study_figure(rows, study.plot, f"{name}: {study.about}", result["title"], path)
+
+    return grid.leave(out, name, made, records, {name: rows, f"{name}-summary": short}, draw, result)
 
 
 def title(records: Sequence[Mapping[str, Any]]) -> str:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from tost_plugins.lab.grid import Cell, Record
 from tost_plugins.lab.report import Plot
-from tost_plugins.lab.studies.base import FROM_PARENT, STRUCTURES, Content, Row, Size, Study, accuracies, cell
+from tost_plugins.lab.studies.base import FROM_PARENT, Content, Row, Size, Study, accuracies, cell, ended
 from tost_plugins.lab.studies.robustness import robustness as measure
+from tost_plugins.lab.studies.settings import CURVES, GELDER, STRUCTURES
 from tost_plugins.lab.studies.watching import methods
-from tost_plugins.lab.train import prepare
 from tost_plugins.recipe.recipe import Recipe
 
 _SPARSITIES = {"smoke": (0.9,), "cpu": (0.8, 0.95), "paper": (0.8, 0.9, 0.95, 0.98)}
-_TICKET: Mapping[str, Row] = {
-    "smoke": {"prune": 0.7}, "cpu": {"prune": 0.632}, "paper": {"prune": 0.2},
-}  # fmt: skip
+_PRUNE = {"smoke": 0.7, "cpu": 0.632, "paper": 0.2}  # a round of lottery tickets
 _DRAWS = {"smoke": 1, "cpu": 1, "paper": 3}  # of new weights for each structure
 
 
@@ -29,11 +26,18 @@ def _reinit(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
     made: list[Cell] = []
     for seed, sparsity in itertools.product(seeds, _SPARSITIES[size]):
         masks = methods({**content, "mask": {"sparsity": sparsity}}, size)
-        ticket = {"kind": "lottery_ticket", "sparsity": sparsity, **_TICKET[size], "on_collapse": "keep_one"}
-        for name, mask in {"lottery ticket": ticket, "dnw": masks["dnw"], "rigl": masks["rigl"]}.items():
+        for name, mask in {
+            "lottery ticket": _ticket(sparsity, size),
+            "dnw": masks["dnw"],
+            "rigl": masks["rigl"],
+        }.items():
             labels = {"method": name, "sparsity": sparsity}
             made += _again(content, size, seed, f"{name}-{sparsity}", labels, mask)
     return made
+
+
+def _ticket(sparsity: float, size: Size) -> Row:
+    return {"kind": "lottery_ticket", "sparsity": sparsity, "prune": _PRUNE[size], "on_collapse": "keep_one"}
 
 
 def _again(content: Content, size: Size, seed: int, name: str, labels: Row, mask: Row) -> list[Cell]:
@@ -50,10 +54,8 @@ def _again(content: Content, size: Size, seed: int, name: str, labels: Row, mask
         range(1, 1 + _DRAWS[size]), {"new weights": {}, "random structure, new weights": {"shuffle": True}}.items()
     ):
         new = {"seed": content.get("seed", 0) + 1000 * draw}  # beside the seed of the run, which is added to it
-        other = cell(
-            {**own, **new}, f"{name}-{start}-{draw}", seed, {**labels, "start": start}, parent=parent.name, **rest
-        )
-        made.append(other)
+        where = {**labels, "start": start}
+        made.append(cell({**own, **new}, f"{name}-{start}-{draw}", seed, where, parent=parent.name, **rest))
     return made
 
 
@@ -70,13 +72,7 @@ _LOOK: dict[str, Row] = {
 
 
 def _robustness(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
-    ticket = {
-        "kind": "lottery_ticket",
-        "sparsity": content["mask"]["sparsity"],
-        **_TICKET[size],
-        "on_collapse": "keep_one",
-    }
-    found = methods(content, size) | {"lottery ticket": ticket}
+    found = methods(content, size) | {"lottery ticket": _ticket(content["mask"]["sparsity"], size)}
     options = {"shares": list(_SHARES[size]), **_LOOK[size]}
     return [
         cell(content, name, seed, {"method": name}, {"mask": mask}, measure=prune_and_test, options=options)
@@ -90,8 +86,7 @@ def prune_and_test(
 ) -> list[Row]:
     """What `study.robustness` finds for the network of a finished run, on the first `images` test images, with norms
     re-estimated over `batches` of the training data."""
-    job = prepare(recipe, folder)
-    job.model.load_state_dict(load_file(folder / "model.safetensors"))
+    job = ended(folder, recipe)
     some = job.data.test.take(torch.arange(min(images, len(job.data.test))))
 
     def accuracy(model: nn.Module) -> float:
@@ -110,21 +105,19 @@ def _pruned(records: Sequence[Record], size: Size) -> list[Row]:
     ]
 
 
-_GELDER, _CURVES = "Van Gelder et al., 2020", "; curves only, so compare directions."
-_BASE = {
-    "smoke": {"tweaks": []},
+_BASE = STRUCTURES | {
     "cpu": {"tweaks": [], "model": "cifar/resnet8"},  # many runs: each method's, and those that follow from it
-    "paper": STRUCTURES | {"mask": {"kind": "random", "sparsity": 0.9}},
+    "paper": STRUCTURES["paper"] | {"mask": {"kind": "random", "sparsity": 0.9}},
 }
 reinit = Study(
     about="structures of lottery tickets, DNW and RigL trained again from new weights, against random structures",
-    paper=f"{_GELDER}, figure 1 (ResNet-18, CIFAR-10): accuracy over sparsity{_CURVES}",
+    paper=f"{GELDER}, figure 1 (ResNet-18, CIFAR-10): accuracy over sparsity{CURVES}",
     plot=Plot("sparsity", "test_accuracy", by="start", panel="method", xlabel="sparsity", ylabel="test accuracy (%)"),
     cells=_reinit, rows=accuracies, base=_BASE,
 )  # fmt: skip
 robustness = Study(
     about="trained networks pruned further without retraining, by magnitude and at random, norms kept or re-estimated",
-    paper=f"{_GELDER}, figure 2 (ResNet-18, CIFAR-10): accuracy over the share pruned{_CURVES}",
+    paper=f"{GELDER}, figure 2 (ResNet-18, CIFAR-10): accuracy over the share pruned{CURVES}",
     plot=Plot("share", "accuracy", by="method", panel="treatment", xlabel="share of the remaining weights pruned",
               ylabel="accuracy (%)"),
     cells=_robustness, rows=_pruned, base=_BASE,

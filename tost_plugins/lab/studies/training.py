@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from tost_plugins.lab.grid import Cell, Record
 from tost_plugins.lab.report import Plot
-from tost_plugins.lab.studies.base import BASES, STRUCTURES, Content, Row, Size, Study, accuracies, cell, on_one_mask
+from tost_plugins.lab.studies.base import Content, Row, Size, Study, accuracies, alone, cell, on_one_mask
+from tost_plugins.lab.studies.settings import BASES, CURVES, GELDER, GHOSTS, NEVER, STRUCTURES, TOST
 
-_NEVER = "1000000000ba"  # beyond the end of any run
 _SPARSITIES = {
     "smoke": (0.5, 0.95),
     "cpu": (0.2, 0.5, 0.8, 0.9, 0.95, 0.97),
@@ -17,35 +17,24 @@ _SPARSITIES = {
 _DENSITIES = {"smoke": (0.0, 0.95), "cpu": (0.0, 0.2, 0.75, 0.95), "paper": (0.0, 0.2, 0.75, 0.95)}
 
 
-def alone(content: Content) -> dict[str, Row]:
-    """Each tweak of a recipe by its kind, as the change that leaves the others out."""
-    return {tweak["kind"]: {"tweaks": [tweak]} for tweak in content["tweaks"]}
-
-
 def _ablation(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
-    return on_one_mask(content, seeds, "", {"plain": {"tweaks": []}, **alone(content), "all": {}}, {})
+    return on_one_mask(content, seeds, {**alone(content), "all": {}})
 
 
 def _sweep(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
-    made: list[Cell] = []
-    for sparsity in _SPARSITIES[size]:
-        changed = {**content, "mask": {**content["mask"], "sparsity": sparsity}}
-        made += on_one_mask(
-            changed, seeds, f"{sparsity}-", {"plain": {"tweaks": []}, "all": {}}, {"sparsity": sparsity}
-        )
-    return made
+    return _over(_SPARSITIES[size], content, seeds, {**alone(content, ()), "all": {}})
 
 
 def _density(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
+    return _over(_DENSITIES[size], content, seeds, alone(content, GHOSTS))
+
+
+def _over(sparsities: Sequence[float], content: Content, seeds: Sequence[int], variants: dict[str, Row]) -> list[Cell]:
+    """The variants at each sparsity; a dense network needs no method to find its mask."""
     made: list[Cell] = []
-    chosen = {
-        "plain": {"tweaks": []},
-        **{k: v for k, v in alone(content).items() if k in ("ghost_skip", "soft_activation")},
-    }
-    for sparsity in _DENSITIES[size]:
+    for sparsity in sparsities:
         mask = {**content["mask"], "sparsity": sparsity} if sparsity else {"kind": "random", "sparsity": 0}
-        changed = {**content, "mask": mask}
-        made += on_one_mask(changed, seeds, f"{sparsity}-", chosen, {"sparsity": sparsity})
+        made += on_one_mask({**content, "mask": mask}, seeds, variants, {"sparsity": sparsity})
     return made
 
 
@@ -70,17 +59,17 @@ def _accuracies_and_gains(records: Sequence[Record], size: Size) -> list[Row]:
 
 
 def _ghosts(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
-    ghosts = [tweak for tweak in content["tweaks"] if tweak["kind"] in ("ghost_skip", "soft_activation")]
+    ghosts = [tweak for tweak in content["tweaks"] if tweak["kind"] in GHOSTS]
     kept = {
-        "ghost_skip": {"until": _NEVER, "schedule": "constant"},
-        "soft_activation": {"until": _NEVER, "shape": "swish"},
+        "ghost_skip": {"until": NEVER, "schedule": "constant"},
+        "soft_activation": {"until": NEVER, "shape": "swish"},
     }
     variants = {
         "no ghosts": {"tweaks": []},
         "ghosts that vanish": {"tweaks": ghosts},
         "ghosts for the whole run": {"tweaks": [{**tweak, **kept[tweak["kind"]]} for tweak in ghosts]},
     }
-    return on_one_mask(content, seeds, "", variants, {})
+    return on_one_mask(content, seeds, variants)
 
 
 def _with_and_without(records: Sequence[Record], size: Size) -> list[Row]:
@@ -121,38 +110,37 @@ def _accuracy_and_time(records: Sequence[Record], size: Size) -> list[Row]:
     return rows
 
 
-_TOST, _CURVES = "Jaiswal et al., ICML 2022", "; curves only, so compare directions."
 ablation = Study(
     about="each tweak alone and all together, on the same masks and seeds",
-    paper=f"{_TOST}, table 4 (ResNet-18, CIFAR-100, lottery tickets): at 90 % 71.12 plain, 72.17 ghost_skip, 72.03 "
+    paper=f"{TOST}, table 4 (ResNet-18, CIFAR-100, lottery tickets): at 90 % 71.12 plain, 72.17 ghost_skip, 72.03 "
     "soft_activation, 71.83 rescaled_init, 71.93 label_smoothing, 73.23 all.",
     plot=Plot("training", "value", panel="quantity"),
     cells=_ablation, rows=_accuracies_and_gains,
 )  # fmt: skip
 sparsity_sweep = Study(
     about="with and without the tweaks, from dense to very sparse",
-    paper=f"{_TOST}, figure 7 (20 to 97 %){_CURVES}",
+    paper=f"{TOST}, figure 7 (20 to 97 %){CURVES}",
     plot=Plot("sparsity", "value", by="training", panel="quantity", xlabel="sparsity"),
     cells=_sweep, rows=_accuracies_and_gains,
 )  # fmt: skip
 density_benefit = Study(
     about="what ghost skips and soft activations add at each density",
-    paper=f"{_TOST}, table 5: ghost skips -0.77 (dense), +0.03, +0.56, +2.15 points (95 %); soft activations +0.11, "
+    paper=f"{TOST}, table 5: ghost skips -0.77 (dense), +0.03, +0.56, +2.15 points (95 %); soft activations +0.11, "
     "+0.29, +0.24, +1.28.",
     plot=Plot("sparsity", "gain", by="training", xlabel="sparsity", ylabel="gain in test accuracy (points)", zero=True),
     cells=_density, rows=_gains,
 )  # fmt: skip
 ghostliness = Study(
     about="ghosts that vanish against ghosts that stay for the whole run",
-    paper=f"{_TOST}, figure 6{_CURVES}",
+    paper=f"{TOST}, figure 6{CURVES}",
     plot=Plot("training", "test_accuracy", by="network", xlabel="", ylabel="test accuracy (%)"),
     cells=_ghosts, rows=_with_and_without,
     base={"cpu": {"data": BASES["cpu"]["data"] | {"validation": 0}}},  # both accuracies on the test images
 )  # fmt: skip
 freeze = Study(
     about="DNW with a structure that moves for N epochs: accuracy and time of a step",
-    paper=f"Van Gelder et al., 2020, figure 4 (ResNet-18, CIFAR-10){_CURVES}",
+    paper=f"{GELDER}, figure 4 (ResNet-18, CIFAR-10){CURVES}",
     plot=Plot("moves_for", "value", panel="quantity", xlabel="epochs in which the structure moves", ylabel=""),
     cells=_freeze, rows=_accuracy_and_time,
-    base={"smoke": {"tweaks": []}, "cpu": {"tweaks": []}, "paper": STRUCTURES},
+    base=STRUCTURES,
 )  # fmt: skip

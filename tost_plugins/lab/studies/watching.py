@@ -6,18 +6,15 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from tost_plugins.lab.data import Loader
 from tost_plugins.lab.grid import Cell, Record
 from tost_plugins.lab.report import Plot
-from tost_plugins.lab.studies.base import STRUCTURES, Content, Row, Size, Study, cell, on_one_mask, watched
-from tost_plugins.lab.train import prepare
+from tost_plugins.lab.studies.base import Content, Row, Size, Study, alone, cell, ended, on_one_mask, watched
+from tost_plugins.lab.studies.settings import CURVES, GELDER, NEVER, STRUCTURES, TOST
 from tost_plugins.recipe.recipe import Recipe
 from tost_plugins.session.watch.activations import activation_sparsity as zeros
 from tost_plugins.training.clock import Clock
 
-_NEVER = "1000000000ba"
 _METHODS: dict[str, Row] = {
     "random, static": {"kind": "random"},
     "set": {"kind": "set"},
@@ -31,19 +28,18 @@ _EVERY: dict[str, Row] = {"smoke": {"every": "2ba"}, "cpu": {"every": "25ba"}, "
 def methods(content: Content, size: Size) -> dict[str, Row]:
     """Name -> mask of the methods that are compared, at the recipe's sparsity; the shorter the run, the more updates."""
     every = {name: _EVERY[size] if name in ("set", "rigl", "gradual") else {} for name in _METHODS}
-    return {
-        n: {**m, **every[n], "sparsity": content["mask"]["sparsity"], "on_collapse": "keep_one"}
-        for n, m in _METHODS.items()
-    }
+    all_of_them = {"sparsity": content["mask"]["sparsity"], "on_collapse": "keep_one"}
+    return {name: {**method, **every[name], **all_of_them} for name, method in _METHODS.items()}
 
 
-def _looks(size: Size) -> Row:
-    return {"every": "2ba" if size == "smoke" else "0.05dur" if size == "cpu" else "1ep"}
+def _watch(measure: str, size: Size, **every: str) -> Row:
+    """The recipe's `watch`: one measure, at times of each size's own."""
+    return {"measures": [measure], "every": every[size]}
 
 
 def _structures(measure: str, moving_only: bool = False):
     def cells(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
-        watch = {"measures": [measure], **_looks(size)}
+        watch = _watch(measure, size, smoke="2ba", cpu="0.05dur", paper="1ep")
         return [
             cell(content, name, seed, {"method": name}, {"mask": mask, "watch": watch})
             for seed in seeds
@@ -88,23 +84,18 @@ def _overlaps(records: Sequence[Record], size: Size) -> list[Row]:
 
 def _activations(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
     def soft(**changes: object) -> Row:
-        return {"tweaks": [{"kind": "soft_activation", "until": _NEVER, **changes}]}
+        return {"tweaks": [{"kind": "soft_activation", "until": NEVER, **changes}]}
 
     variants = {"ReLU": {"tweaks": []}, "Swish": soft(shape="swish"), "Mish": soft(shape="mish"),
                 "PSwish, beta 1 to 10": soft(shape="pswish", until="1dur", beta=[1, 10])}  # fmt: skip
-    watch = {"measures": ["activation_sparsity"], "every": _often(size)}
-    return on_one_mask({**content, "watch": watch}, seeds, "", variants, {}, measure=zeros_on_test_images)
-
-
-def _often(size: Size) -> str:
-    return {"smoke": "1ba", "cpu": "0.05dur", "paper": "1ep"}[size]
+    watch = _watch("activation_sparsity", size, smoke="1ba", cpu="0.05dur", paper="1ep")
+    return on_one_mask({**content, "watch": watch}, seeds, variants, measure=zeros_on_test_images)
 
 
 def zeros_on_test_images(folder: Path, recipe: Recipe) -> list[Row]:
     """The zeros in each layer of a finished run, on the test images, with the activation of its last step; zeros along
     the training, on a training batch, are in the folder's `watch`."""
-    job = prepare(recipe, folder)
-    job.model.load_state_dict(load_file(folder / "model.safetensors"))
+    job = ended(folder, recipe)
     for tweak in recipe.tweaks:
         tweak.attach(job.model, recipe.seed)
         tweak.advance(job.model, Clock(job.total_steps - 1, job.total_steps, job.steps_per_epoch))
@@ -122,43 +113,36 @@ def _by_layer(records: Sequence[Record], size: Size) -> list[Row]:
 
 
 def _curvature(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
-    watch = {
-        "measures": ["curvature"],
-        "every": "0.25dur" if size == "cpu" else "1ep" if size == "smoke" else "0.05dur",
-    }
-    chosen = [t for t in content["tweaks"] if t["kind"] == "soft_activation"]
-    variants = {"plain": {"tweaks": []}, "soft_activation": {"tweaks": chosen}, "all tweaks": {}}
-    return on_one_mask({**content, "watch": watch}, seeds, "", variants, {})
+    watch = _watch("curvature", size, smoke="1ep", cpu="0.25dur", paper="0.05dur")
+    variants = {**alone(content, ("soft_activation",)), "all tweaks": {}}
+    return on_one_mask({**content, "watch": watch}, seeds, variants)
 
 
 def _eigenvalues(records: Sequence[Record], size: Size) -> list[Row]:
     return [row for record in records if record["labels"] for row in watched(record, "curvature")]
 
 
-_GELDER, _TOST = "Van Gelder et al., 2020", "Jaiswal et al., ICML 2022"
-_CURVES = "; curves only, so compare directions."
-_BASE = {"smoke": {"tweaks": []}, "cpu": {"tweaks": []}, "paper": STRUCTURES}
 in_degree = Study(
     about="in-degrees of every unit along the training, against a random mask's binomial; dead units",
-    paper=f"{_GELDER}, figure 3 (ResNet-18, CIFAR-10){_CURVES}",
+    paper=f"{GELDER}, figure 3 (ResNet-18, CIFAR-10){CURVES}",
     plot=Plot("epoch", "value", by="method", panel="quantity", xlabel="epoch", chance="binomial", least=1),
-    cells=_structures("in_degree"), rows=_connections, base=_BASE,
+    cells=_structures("in_degree"), rows=_connections, base=STRUCTURES,
 )  # fmt: skip
 emergence = Study(
     about="when a mask that moves becomes the one it ends as",
-    paper=f"{_GELDER}, figure 3 (ResNet-18, CIFAR-10){_CURVES}",
+    paper=f"{GELDER}, figure 3 (ResNet-18, CIFAR-10){CURVES}",
     plot=Plot("epoch", "value", by="method", panel="quantity", xlabel="epoch", ylabel="intersection over union"),
-    cells=_structures("emergence", moving_only=True), rows=_overlaps, base=_BASE,
+    cells=_structures("emergence", moving_only=True), rows=_overlaps, base=STRUCTURES,
 )  # fmt: skip
 activation_sparsity = Study(
     about="the share of zero activations in each layer, for ReLU, Swish, Mish and PSwish",
-    paper=f"{_TOST}, table 1 (ResNet-18, CIFAR-100, 90 %): ReLU 27 to 58 %, Swish 0.2 to 0.3 %, Mish 0.9 to 1.1 %.",
+    paper=f"{TOST}, table 1 (ResNet-18, CIFAR-100, 90 %): ReLU 27 to 58 %, Swish 0.2 to 0.3 %, Mish 0.9 to 1.1 %.",
     plot=Plot("number", "zeros", by="training", xlabel="activation layer, from input to output", ylabel="zeros (%)"),
     cells=_activations, rows=_by_layer,
 )  # fmt: skip
 curvature = Study(
     about="the top eigenvalue of the loss Hessian along the training",
-    paper=f"{_TOST}, figure 2{_CURVES}",
+    paper=f"{TOST}, figure 2{CURVES}",
     plot=Plot("epoch", "eigenvalue", by="training", panel="space", xlabel="epoch", ylabel="top Hessian eigenvalue",
               log=True),
     cells=_curvature, rows=_eigenvalues,

@@ -1,4 +1,4 @@
-"""Labelled images in memory, and seeded batches of them (`Loader`); `sources.load` gets them.
+"""Labelled images in memory, and seeded batches of them (`Loader`).
 
 Images are held as one uint8 tensor per split, so that a batch is an index, a crop and a multiply-add.
 """
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tost_plugins.errors import wrong
 from tost_plugins.training.seeds import generator
+
+SPLIT_SEED = 20220722  # which images are held out: a constant, so that every run holds out the same ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,21 @@ class Split:
     def take(self, indices: Tensor) -> Split:
         """The images at these positions, in this order."""
         return Split(self.images[indices], self.labels[indices])
+
+    def cut(self, count: int) -> tuple[Split, Split]:
+        """All but `count` images, and those: the same ones in every run, each part in a random order, of which every
+        beginning is balanced over the classes.
+
+        The first K of K classes are one image of each. The first images of a folder would all be of one class
+        otherwise.
+        """
+        shuffled = torch.randperm(len(self), generator=torch.Generator().manual_seed(SPLIT_SEED))
+        share = torch.empty(len(self), dtype=torch.float64)  # how much of an image's class comes before it
+        for label in self.labels.unique():
+            members = (self.labels[shuffled] == label).nonzero().squeeze(1)
+            share[members] = torch.arange(len(members), dtype=torch.float64) / len(members)
+        order = shuffled[torch.sort(share, stable=True).indices]
+        return self.take(order[count:]), self.take(order[:count])
 
     def to(self, device: torch.device | str) -> Split:
         """The same images and labels on a device, which then makes the batches."""
@@ -101,6 +118,10 @@ class Data:
         """The same data with all splits on a device."""
         splits = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
         return replace(self, **splits)
+
+
+#: What a source returns: the training split, the test split and the class names.
+Source = tuple[Split, Split, Sequence[str]]
 
 
 class Loader:

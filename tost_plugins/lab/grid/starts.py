@@ -1,13 +1,14 @@
-"""Is it the structure or the weights? What a sparse network is started with again."""
+"""Is it the structure or the weights? What a cell starts with beside its own recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tost_plugins.masks.mask import Mask
+from tost_plugins.training.params import prunable
 
 
 def shuffled(mask: Mask, generator: torch.Generator) -> Mask:
@@ -38,3 +39,11 @@ def constant_sign(weights: Mapping[str, Tensor], mask: Mask) -> dict[str, Tensor
         1
     """
     return {name: torch.sign(weights[name]) * weights[name].std(correction=0) for name in mask}
+
+
+@torch.no_grad()
+def start_with_signs(model: nn.Module, mask: Mask | None) -> None:
+    """Give the model's weights, all of them or the mask's layers, their `constant_sign`."""
+    weights = prunable(model)
+    for name, value in constant_sign(weights, mask or Mask.dense(weights)).items():
+        weights[name].copy_(value)

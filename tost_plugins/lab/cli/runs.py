@@ -1,0 +1,92 @@
+"""`tost train`, `compare` and `lottery`: a recipe is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tost_plugins.lab.cli.arguments import (
+    JobsOption,
+    JsonOption,
+    RecipeArg,
+    ResumeOption,
+    SeedsOption,
+    SetOption,
+    recipe_of,
+    show,
+)
+from tost_plugins.lab.progress import progress
+
+
+def train(
+    recipe: RecipeArg,
+    set_: SetOption = [],
+    out_dir: Annotated[Path, typer.Option("--out", help="The run's folder.")] = Path("runs/train"),
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a recipe and leave the plain sparse network, its mask and its history in --out."""
+    from tost_plugins.lab.train import train as run
+
+    content = recipe_of(recipe, set_)
+    with progress(as_json) as listen:
+        result = run(content, out_dir, resume, listen=listen)
+    show(
+        as_json,
+        result,
+        f"test accuracy [bold]{result['test_accuracy']:.2f} %[/] at sparsity {result['sparsity']:.4f} "
+        f"({result['active_parameters']:,} of {result['total_parameters']:,} parameters)",
+        f"network: {out_dir}/model.safetensors   mask: {out_dir}/mask.safetensors",
+    )
+
+
+def compare(
+    recipe: RecipeArg,
+    set_: SetOption = [],
+    seeds: SeedsOption = 3,
+    out_dir: Annotated[Path, typer.Option("--out", help="The comparison's folder.")] = Path("runs/compare"),
+    jobs: JobsOption = 1,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a recipe with and without its tweaks, on the same masks and seeds; table, CSV and picture in --out."""
+    from tost_plugins.lab import report
+    from tost_plugins.lab.compare import compare as run
+
+    content = recipe_of(recipe, set_)
+    with progress(as_json) as listen:
+        result = run(content, out_dir, seeds, resume, listen, jobs)
+    rows = report.comparison_rows(result)
+    report.write_csv(out_dir / "comparison.csv", rows)
+    report.comparison_figure(result, out_dir / "comparison.png")
+    show(
+        as_json,
+        {key: result[key] for key in ("rows", "mean", "std")},
+        report.table("test accuracy (%): plain sparse training, ToST, and the difference in points", rows),
+        f"picture: {out_dir}/comparison.png   table: {out_dir}/comparison.csv",
+    )
+
+
+def lottery(
+    recipe: RecipeArg,
+    set_: SetOption = [],
+    out_dir: Annotated[Path, typer.Option("--out", help="The folder of the rounds.")] = Path("runs/lottery"),
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find lottery tickets: train, prune the smallest weights, rewind, again; a mask and a line of a table per round."""
+    from tost_plugins.lab.lottery import lottery as run
+    from tost_plugins.lab.report import table
+
+    content = recipe_of(recipe, set_)
+    with progress(as_json) as listen:
+        rows = run(content, out_dir, resume, listen)
+    shown = [{**row, "sparsity": f"{row['sparsity']:.4f}", "kept_weights": f"{row['kept_weights']:,}"} for row in rows]
+    show(
+        as_json,
+        {"rows": rows},
+        table("lottery tickets, round by round (accuracy in %)", shown),
+        f"masks: {out_dir}/round-*/mask.safetensors   table: {out_dir}/lottery.csv",
+    )
