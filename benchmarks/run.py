@@ -3,6 +3,7 @@
     make bench                                   # every part, each in a process of its own
     python benchmarks/run.py step startup        # these parts; the page is made from what is there of all
     python benchmarks/run.py --page              # the page alone
+    TOST_OLDER_BUILD=FOLDER python benchmarks/run.py builds      # this checkout beside an older one
 
 A part that fails leaves the others and its own earlier rows alone. Minutes on 2 CPU cores: see --help.
 """
@@ -26,6 +27,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import builds
 import torch
 from interleave import Ratio, Row, quartiles
 
@@ -34,7 +36,8 @@ from tost_plugins.lab.train import environment
 ROOT = Path(__file__).resolve().parent.parent
 #: Part -> the script that measures it, and about how many minutes it takes on 2 cores.
 PARTS = {"step": ("step", 13), "trainers": ("trainers", 7), "finding": ("finding", 12), "memory": ("memory", 3),
-         "growth": ("growth", 3), "startup": ("startup", 1), "train": ("end_to_end", 4)}  # fmt: skip
+         "growth": ("growth", 3), "startup": ("startup", 1), "train": ("end_to_end", 4),
+         "builds": ("builds", 8)}  # fmt: skip
 HEAD = """# What it costs
 
 Written by `make bench`; the raw rows, one for each contender and round, are in `docs/benchmarks/`. Contenders take turns, in a
@@ -150,7 +153,8 @@ def main() -> int:
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"expected parts of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     logging.getLogger("tost_plugins").addHandler(logging.NullHandler())  # hundreds of runs, a line each
-    failed = [] if args.page else _all(args.parts or list(PARTS), args)
+    usual = [part for part in PARTS if part != "builds" or builds.OLD in os.environ]
+    failed = [] if args.page else _all(args.parts or usual, args)
     (args.out / "benchmarks.md").write_text(page(args.out))
     for part in failed:
         print(f"{part}: failed", file=sys.stderr)
