@@ -43,11 +43,12 @@ class Run:
         self._set(self.saved.load(clock) if resumes else clock)
         self._watcher = None if self.recipe.watch is None else self.recipe.watch.begin(task, self.clock)
         if resumes:
-            impose(self.model, self.recipe.mask, self.given_mask, self.params)
+            fresh = impose(self.model, self.recipe.mask, self.given_mask, self.params)
         else:
+            fresh = True
             with sharding.unsharded(self.model):
                 begin(task, self.recipe, self.given_mask, self.tweaks, clock)
-        weights = self.take_mask(optimizers, fresh=not resumes)
+        weights = self.take_mask(optimizers, fresh)
         if not resumes:
             say_begun(self.recipe, self.given_mask, weights, self.tweaks)
         self._look()

@@ -56,15 +56,18 @@ def fitted(given: Mask, method: MaskMethod, params: Mapping[str, nn.Parameter]) 
     return revive(given.fit(params), params, getattr(method, "on_collapse", "error"))
 
 
-def impose(model: nn.Module, method: MaskMethod, given: Mask | None, params: Mapping[str, nn.Parameter]) -> None:
-    """A given mask that does not move stands above a checkpoint's: a lottery ticket goes on from an early, denser state."""
+def impose(model: nn.Module, method: MaskMethod, given: Mask | None, params: Mapping[str, nn.Parameter]) -> bool:
+    """A given mask that does not move stands above a checkpoint's: a lottery ticket goes on from an early, denser state.
+    True where it is another one."""
     if given is None or isinstance(method, Moving):
-        return
+        return False
     mask, saved = fitted(given, method, params), buffers.beside(model, dict(params))
-    if mask != (loaded := Mask(saved)):
+    other = mask != (loaded := Mask(saved))
+    if other:
         say(f"the given mask (sparsity {mask.sparsity:.4f}) replaces the checkpoint's ({loaded.sparsity:.4f})")
     for name, buffer in saved.items():
         buffer.copy_(mask[name])
+    return other
 
 
 def _find(task: Task, method: MaskMethod, given: Mask | None, seed: int) -> Mask:
