@@ -16,8 +16,8 @@ from interleave import Row, Ratio, timed  # isort: skip
 
 TITLE = "This version beside an older one"
 ABOUT = """
-Each build is a process of its own that takes a step when it is its turn, so that both are measured in the same rounds. "static": a
-step with a random mask of sparsity 0.9; "dnw": with DNW at 0.9; "start": `Session.start` with a given mask of sparsity 0.9;
+Each build is a process of its own that takes a step when it is its turn, so that both are measured in the same rounds. "static":
+a step with a random mask of sparsity 0.9; "dnw": with DNW at 0.9; "start": `Session.start` with a given mask of sparsity 0.9;
 "metrics": `session.metrics()` after a step of DNW, which trainers log.
 """
 OLD = "TOST_OLDER_BUILD"  # the environment variable that names the folder of the older checkout

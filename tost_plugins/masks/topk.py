@@ -16,6 +16,7 @@ from tost_plugins.masks.allocation import allocate, kept_count
 from tost_plugins.masks.base import Allocation, OnCollapse
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scoring import wide
+from tost_plugins.training.finite import all_finite, not_finite
 from tost_plugins.training.log import say
 from tost_plugins.training.params import some
 from tost_plugins.training.sharding import whole
@@ -79,7 +80,9 @@ def choose(
     """What `top_mask` does, on a row of scores for the tensors `like`: True where a weight stays, and the layers
     which "keep_one" had to help, at the cost of others than the `dense` ones."""
     scores = split(flat, like)
-    _check_finite(scores, flat)
+    if not all_finite([flat]):
+        name = not_finite(scores)[0]
+        raise TostError(f"expected finite scores, got NaN or infinity in {name}; check the weights and the batches")
     if isinstance(count, int):
         kept = top_k(flat, count)
     else:
@@ -135,12 +138,6 @@ def tell(lost: Sequence[str]) -> None:
             f"(on_collapse: keep_one): {some(lost, 20)}",
             logging.WARNING,
         )
-
-
-def _check_finite(scores: Mapping[str, Tensor], flat: Tensor) -> None:
-    if flat.numel() and not all(math.isfinite(end) for end in flat.aminmax()):
-        name = next(name for name, score in scores.items() if not bool(torch.isfinite(score).all()))
-        raise TostError(f"expected finite scores, got NaN or infinity in {name}; check the weights and the batches")
 
 
 def _empty(masks: Mapping[str, Tensor]) -> list[str]:
