@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from tost_plugins.training.batches import length
+
 _STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # what torch puts around every step
 _STATE = "torch.distributed.checkpoint.state_dict"  # steps with zero gradients, to have the optimizer make its state
 
@@ -75,17 +77,18 @@ def drive(
     loss_fn: Callable[..., Tensor] | None = None,
     total_steps: int | None = None,
     steps_per_epoch: int | None = None,
+    **how: Any,
 ) -> Iterator[Any]:
     """Within: every `optimizer.step()` keeps the mask and advances the schedules. On leaving without an error the
     session finishes; after an error or Ctrl-C it stays as it is, so that a checkpoint can still be written.
 
-    `steps_per_epoch` is `len(batches)` where not given.
+    `steps_per_epoch` is `len(batches)` where not given and known; `how` is what else `start` takes.
     """
-    if steps_per_epoch is None and hasattr(batches, "__len__"):
-        steps_per_epoch = len(batches)
+    if steps_per_epoch is None:
+        steps_per_epoch = length(batches)
     if session.state == "new":
         session.attach()
-    session.start(optimizer, batches, loss_fn=loss_fn, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    session.start(optimizer, batches, loss_fn=loss_fn, total_steps=total_steps, steps_per_epoch=steps_per_epoch, **how)
     remove = hook(session)
     try:
         yield session

@@ -24,10 +24,12 @@ from tost_plugins.session.moving import Movement
 from tost_plugins.session.optimizer_hooks import drive
 from tost_plugins.session.zeros import Zeros
 from tost_plugins.training import sharding
+from tost_plugins.training.calling import call
 from tost_plugins.training.clock import Clock, times_of
 from tost_plugins.training.log import say
-from tost_plugins.training.params import clean_name, prunable, some, unwrap
-from tost_plugins.training.task import Task, call
+from tost_plugins.training.params import clean_name, device_of, prunable, some, unwrap
+from tost_plugins.training.reading import reading
+from tost_plugins.training.task import Task
 from tost_plugins.tweaks import LabelSmoothing, Tweak
 from tost_plugins.tweaks.label_smoothing import SmoothedLoss
 
@@ -153,7 +155,8 @@ class Session:
     ) -> None:
         """Find the mask and apply it (or, where a checkpoint was loaded, take both from it) before the first step.
 
-        `batches` is something that can be read again and again, for masks and initialisations that look at data;
+        `batches` is something that can be read again and again, for masks and initialisations that look at data, and so are
+        `loss_fn(outputs, labels)`, `forward(model, batch)`, which calls the model, and `criterion(outputs, batch)`, its loss;
         `total_steps` and `steps_per_epoch` count optimizer steps. A `clock` is the trainer's own time; it counts before
         the first step, and where a checkpoint is from another step, since its weights begin another run then. Raises
         TostError with the weights unchanged.
@@ -173,18 +176,20 @@ class Session:
             return
         clock = clock or Clock(0, total_steps, steps_per_epoch)
 
-        def task() -> Task:
-            return Task(self.model, self._params(), batches, loss_fn, forward, criterion)
+        with reading(batches, device_of(self.model)) as found:  # once, for all that look at it
 
-        if self.saved_step() >= 0:
-            self._resume(clock)
-            self._watch(task(), self.clock)
-        else:
-            self._check_times(clock)
-            self._watch(task(), clock)
-            with sharding.unsharded(self.model):
-                mask = self._prepare(task(), clock)
-            self._begin(mask, clock)
+            def task() -> Task:
+                return Task(self.model, self._params(), found, loss_fn, forward, criterion)
+
+            if self.saved_step() >= 0:
+                self._resume(clock)
+                self._watch(task(), self.clock)
+            else:
+                self._check_times(clock)
+                self._watch(task(), clock)
+                with sharding.unsharded(self.model):
+                    mask = self._prepare(task(), clock)
+                self._begin(mask, clock)
         self.state = "running"
         self._follow_gradients()
         self._look()
@@ -302,10 +307,16 @@ class Session:
         loss_fn: Callable[..., Tensor] | None = None,
         total_steps: int | None = None,
         steps_per_epoch: int | None = None,
+        *,
+        forward: Callable[[Any, Any], Any] = call,
+        criterion: Callable[[Any, Any], Tensor] | None = None,
     ) -> contextlib.AbstractContextManager[Session]:
         """`with session.drive(optimizer, train_loader, total_steps=...)`: a plain loop inside trains sparse; on leaving
-        without an error the session finishes."""
-        return drive(self, optimizer, batches, loss_fn, total_steps, steps_per_epoch)
+        without an error the session finishes. `batches`, `loss_fn(outputs, labels)`, `forward(model, batch)` and
+        `criterion(outputs, batch)` are for masks and initialisations that look at data; the last two for networks that are
+        not called, or losses that are not computed, in one of the usual ways."""
+        how = {"forward": forward, "criterion": criterion}
+        return drive(self, optimizer, batches, loss_fn, total_steps, steps_per_epoch, **how)
 
     def criterion(self, loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The training loss: `loss_fn(logits, labels)` with smoothed labels if the recipe smooths them and the model

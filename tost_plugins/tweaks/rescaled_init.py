@@ -9,18 +9,18 @@ from itertools import islice, pairwise
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.func import grad_and_value, vjp
-from torch.overrides import TorchFunctionMode
 
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.training import ranks
+from tost_plugins.training.batches import joined, pick, size_of
+from tost_plugins.training.functions import SMOOTHER, Instead
 from tost_plugins.training.log import say
 from tost_plugins.training.params import clean_name, plain_modules
-from tost_plugins.training.task import Task, to_device, untouched
+from tost_plugins.training.task import Task, untouched
 from tost_plugins.tweaks.base import STRICT, Tweak
 
 _Positive = Annotated[float, Field(gt=0)]
@@ -110,7 +110,10 @@ class RescaledInit(Tweak):
 
     def start(self, task: Task, mask: Mapping[str, Tensor]) -> None:
         names = ("iterations", "learning_rate", "look_ahead", "norm", "min_scale", "clip")
-        scales = rescale(task, mask, **{name: getattr(self, name) for name in names})
+        try:
+            scales = rescale(task, mask, **{name: getattr(self, name) for name in names})
+        except TostError as error:  # what is optional stops no run
+            raise Inapplicable(str(error)) from error
         with torch.no_grad():
             for name, param in trainable(task.model).items():
                 param.mul_(scales[name])
@@ -147,8 +150,8 @@ class _Objective(NamedTuple):
 
     def gradient(self, theta: dict[str, Tensor], batch: Any) -> tuple[dict[str, Tensor], Tensor]:
         """The masked gradient of the loss on this rank's batch, and the loss."""
-        loss_of = grad_and_value(lambda theta: self.task.loss(self.task.outputs(theta, batch), batch))
-        with _Hardsigmoid():
+        loss_of = grad_and_value(lambda theta: self.task.loss_at(theta, batch))
+        with Instead(SMOOTHER):
             grads, loss = loss_of(theta)
         return {name: _masked(grad, self.kept.get(name)) for name, grad in grads.items()}, loss
 
@@ -183,27 +186,16 @@ class _Objective(NamedTuple):
         return slopes.masked_fill(size < 1e-6 * size.max(), 0), look
 
 
-class _Hardsigmoid(TorchFunctionMode):
-    """Hardsigmoid by way of hardtanh: the same function, but torch knows its second derivative."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.hardsigmoid:
-            return F.hardtanh(args[0] / 6 + 0.5, 0.0, 1.0)
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def _placed(iteration: int) -> Iterator[None]:
     """Within: errors say in which iteration they came up, and that of a missing derivative what to do."""
     where = f"rescaled_init, iteration {iteration}"
     try:
         yield
-    except TostError as error:
-        raise error.at(where) from None
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ("derivative for", "functorch", "torch.func")):
-            raise
-        reason = str(error).splitlines()[0]
+    except (TostError, RuntimeError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        if not any(words in reason for words in ("derivative for", "functorch", "torch.func")):
+            raise error.at(where) from None if isinstance(error, TostError) else error
         text = f"{where}: expected a network that can be differentiated twice, got one that cannot ({reason})"
         raise Inapplicable(f"{text}; leave rescaled_init out") from error
 
@@ -233,31 +225,13 @@ def _endless(task: Task) -> Iterator[Any]:
     """The task's batches on its device, from the beginning again whenever they end."""
     task.take(1, "rescaled_init")  # raises where there is nothing to read, or nothing to read twice
     while True:
-        for batch in task.batches or ():
-            yield to_device(batch, task.device)
+        yield from task.batches or ()
 
 
-def _samples(batch: Any) -> int:
-    """How many samples a batch has: the first dimension of the first tensor in it."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else 0
-    parts = batch.values() if isinstance(batch, Mapping) else batch
-    return next(filter(None, map(_samples, parts)), 0) if isinstance(batch, (Mapping, tuple, list)) else 0
-
-
-def _halves(first: Any, second: Any, sizes: tuple[int, int] | None = None) -> Any:
+def _halves(first: Any, second: Any) -> Any:
     """The first half of one batch and the second half of another; what is not per sample is the first's."""
-    a, b = sizes = sizes or (_samples(first), _samples(second))
-    if isinstance(first, Mapping):
-        return {key: _halves(value, second[key], sizes) for key, value in first.items()}
-    if isinstance(first, (tuple, list)):
-        return type(first)(_halves(x, y, sizes) for x, y in zip(first, second, strict=True))
-    if not isinstance(first, Tensor) or first.ndim == 0 or (len(first), len(second)) != (a, b):
-        return first
-    if first.shape[1:] != second.shape[1:]:
-        shapes = f"{tuple(first.shape[1:])} and {tuple(second.shape[1:])}"
-        raise TostError(f"expected samples of one shape, got {shapes}; pass batches of one image size")
-    return torch.cat([first[: a // 2], second[b // 2 :]])
+    half, whole = size_of(first) // 2, size_of(second)
+    return joined([pick(first, range(half)), pick(second, range(whole // 2, whole))]) if half else second
 
 
 def _report(looks: list[_Look], scales: Tensor, limit: float) -> None:
