@@ -19,10 +19,9 @@ from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe.recipe import Recipe
 from tost_plugins.session.session import Session, session_of
 from tost_plugins.training.batches import length
-from tost_plugins.training.calling import call
+from tost_plugins.training.calling import call, logits_of
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
-from tost_plugins.training.task import logits_of
 from tost_plugins.tweaks.label_smoothing import smoothed_loss
 from tost_plugins.tweaks.surgery.swap import restore, swap
 
