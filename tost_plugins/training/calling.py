@@ -143,9 +143,7 @@ def _arranged(model: Any, batch: Any, labels: bool) -> tuple[tuple, dict[str, An
     if labels and len(left) == 1 and _is_label(names[count : count + 1]):
         return tuple(batch), {}, left
     if count == 1 and _side_by_side(inputs, batch[0]):
-        return tuple(batch[0]), {}, left
-    if count == 1 and isinstance(batch[0], Mapping) and {*batch[0]} <= {*names}:
-        return (), dict(batch[0]), left
+        return ((), dict(batch[0]), left) if isinstance(batch[0], Mapping) else (tuple(batch[0]), {}, left)
     return given, {}, left
 
 
@@ -165,8 +163,12 @@ def _how_many(inputs: _Inputs | None, batch: Any) -> int:
 
 
 def _side_by_side(inputs: _Inputs | None, entry: Any) -> bool:
-    """Whether an entry of a batch holds all inputs of a network that takes several: ((image, table), labels)."""
-    return isinstance(entry, (tuple, list)) and inputs is not None and inputs.required == len(entry) > 1
+    """Whether an entry of a batch holds the inputs of a network: ((image, table), labels), or the same by their names."""
+    if inputs is None:
+        return False
+    if isinstance(entry, Mapping):
+        return {*entry} <= {*inputs.names}
+    return isinstance(entry, (tuple, list)) and inputs.required == len(entry) > 1
 
 
 def _by_name(inputs: _Inputs | None, batch: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -222,10 +222,13 @@ def _check_finite(what: str, *values: float) -> None:
 
 
 def _endless(task: Task) -> Iterator[Any]:
-    """The task's batches on its device, from the beginning again whenever they end."""
-    task.take(1, "rescaled_init")  # raises where there is nothing to read, or nothing to read twice
+    """The task's batches on its device, from the beginning again whenever they end; not a last one of a lone sample, which
+    batch norm does not take."""
+    least = min(
+        2, size_of(task.take(1, "rescaled_init")[0])
+    )  # raises where there is nothing to read, or nothing to read twice
     while True:
-        yield from task.batches or ()
+        yield from (batch for batch in task.batches or () if size_of(batch) >= least)
 
 
 def _halves(first: Any, second: Any) -> Any:
