@@ -179,7 +179,7 @@ class Session:
         with reading(batches, device_of(self.model)) as found:  # once, for all that look at it
 
             def task() -> Task:
-                return Task(self.model, self._params(), found, loss_fn, forward, criterion)
+                return Task(self.model, self._params(), found, loss_fn, forward, criterion, clock.total_steps)
 
             if self.saved_step() >= 0:
                 self._resume(clock)
@@ -385,7 +385,7 @@ class Session:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Check that a checkpoint belongs to this recipe, and take over what the model has loaded."""
         own = self.recipe.to_dict()
-        differ = [key for key in ("mask", "tweaks") if state["recipe"].get(key) != own.get(key)]
+        differ = [key for key in ("mask", "tweaks") if _lasting(state["recipe"].get(key)) != _lasting(own.get(key))]
         if differ:
             raise TostError(
                 f"load_state_dict: expected a checkpoint of the same {' and '.join(differ)}, got "
@@ -659,6 +659,14 @@ class Session:
             say(text, logging.WARNING)
             self.left_out.append("label_smoothing (the loss never came by)")
             self.tweaks = [tweak for tweak in self.tweaks if tweak is not self.smoothing]
+
+
+def _lasting(part: Any) -> Any:
+    """A part of a recipe without what is over when a run goes on: how long rescaled_init took."""
+    if isinstance(part, list):
+        return [_lasting(tweak) for tweak in part]
+    over = "iterations" if isinstance(part, dict) and part.get("kind") == "rescaled_init" else None
+    return {key: value for key, value in part.items() if key != over} if isinstance(part, dict) else part
 
 
 def _loaded(model: nn.Module, _: Any) -> None:

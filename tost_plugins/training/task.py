@@ -38,6 +38,7 @@ class Task:
     loss_fn: Callable[[Any, Any], Tensor] | None = None
     forward: Callable[[Any, Any], Any] = call
     criterion: Callable[[Any, Any], Tensor] | None = None
+    steps: int | None = None  # of the whole run, where that is known
 
     def __post_init__(self) -> None:
         if self.batches is not None:

@@ -26,12 +26,16 @@ from tost_plugins.tweaks.base import STRICT, Tweak
 _Positive = Annotated[float, Field(gt=0)]
 _Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
+#: How many iterations there are at most where nobody says it, what one costs in training steps, and what share of a run's steps
+#: all of them may cost.
+_MOST, _COST, _SHARE = 180, 6, 0.05
+
 
 def rescale(
     task: Task,
     mask: Mapping[str, Tensor],
     *,
-    iterations: int = 180,
+    iterations: int | None = None,
     learning_rate: float = 0.003,
     look_ahead: float = 0.1,
     norm: float = 1.0,
@@ -51,6 +55,7 @@ def rescale(
         >>> list(rescale(Task.of(net, batches=batches), {}, iterations=2))
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
+    count = iterations or affordable(task.steps)
     params = {name: param.detach() for name, param in trainable(task.model).items()}
     kept = {name: mask[name].to(param.device, param.dtype) for name, param in params.items() if name in mask}
     weights = {name: _masked(param, kept.get(name)) for name, param in params.items()}
@@ -60,7 +65,7 @@ def rescale(
     for_norm, for_loss = (torch.optim.Adam([scales], lr=learning_rate) for _ in range(2))
     looks: list[_Look] = []
     with untouched(task.model, task.batches, train=True):
-        for batch, following in islice(pairwise(_endless(task)), iterations):
+        for batch, following in islice(pairwise(_endless(task)), count):
             with _placed(len(looks) + 1):
                 slopes, look = objective.by_scale(weights, scales, batch, following)
             looks.append(look)
@@ -68,7 +73,7 @@ def rescale(
             (for_norm if look.ahead is None else for_loss).step()
             scales.clamp_(min=min_scale)
     scales = ranks.broadcast({"": scales}, task.device)[""]
-    _report(looks, scales, norm)
+    _report(looks, scales, norm, None if iterations or count == _MOST else task.steps)
     return dict(zip(weights, scales.tolist(), strict=True))
 
 
@@ -81,7 +86,8 @@ class RescaledInit(Tweak):
     gradient, on half of the batch and half of the next one. Inside a tensor the initial values keep their
     ratios and signs, and pruned weights stay 0. BatchNorm uses the batch; its running statistics stay.
 
-    Fields: `iterations`, from 1; each costs as much as 4 to 6 training steps. `look_ahead`, best the
+    Fields: `iterations`, from 1; each costs as much as 4 to 6 training steps; None is 180, or fewer where those would cost more
+    than 5 % of the run's steps. `look_ahead`, best the
     optimizer's learning rate; toward 0 only the loss itself counts. `norm`: toward 0 only the norm is
     lowered, infinity never limits it. `learning_rate`, about how far one iteration moves a number, which
     starts at 1: 0.003 suits networks with norms, 0.03 those without. `min_scale` in (0, 1], the smallest
@@ -101,7 +107,7 @@ class RescaledInit(Tweak):
 
     kind: Literal["rescaled_init"] = "rescaled_init"
     optional: bool = False
-    iterations: Annotated[int, Field(ge=1, le=100_000)] = 180
+    iterations: Annotated[int, Field(ge=1, le=100_000)] | None = None
     learning_rate: _Finite = 0.003
     look_ahead: _Finite = 0.1
     norm: _Positive = 1.0
@@ -117,6 +123,16 @@ class RescaledInit(Tweak):
         with torch.no_grad():
             for name, param in trainable(task.model).items():
                 param.mul_(scales[name])
+
+
+def affordable(steps: int | None) -> int:
+    """The iterations for a run of so many steps: 180, or what 5 % of the steps pay for, at least one.
+
+    Example:
+        >>> affordable(None), affordable(100_000), affordable(2_400)
+        (180, 180, 20)
+    """
+    return _MOST if steps is None else min(_MOST, max(1, int(_SHARE * steps / _COST)))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -194,10 +210,12 @@ def _placed(iteration: int) -> Iterator[None]:
         yield
     except (TostError, RuntimeError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
-        if not any(words in reason for words in ("derivative for", "functorch", "torch.func")):
-            raise error.at(where) from None if isinstance(error, TostError) else error
-        text = f"{where}: expected a network that can be differentiated twice, got one that cannot ({reason})"
-        raise Inapplicable(f"{text}; leave rescaled_init out") from error
+        if any(words in reason for words in ("derivative for", "functorch", "torch.func")):
+            text = f"{where}: expected a network that can be differentiated twice, got one that cannot ({reason})"
+            raise Inapplicable(f"{text}; leave rescaled_init out") from error
+        if isinstance(error, TostError):
+            raise error.at(where) from None
+        raise
 
 
 def _masked(tensor: Tensor, keep: Tensor | None) -> Tensor:
@@ -237,7 +255,7 @@ def _halves(first: Any, second: Any) -> Any:
     return joined([pick(first, range(half)), pick(second, range(whole // 2, whole))]) if half else second
 
 
-def _report(looks: list[_Look], scales: Tensor, limit: float) -> None:
+def _report(looks: list[_Look], scales: Tensor, limit: float, steps: int | None) -> None:
     losses, norms, ahead = zip(*looks, strict=True)
     seen = [loss for loss in ahead if loss is not None]
     say(
@@ -246,4 +264,5 @@ def _report(looks: list[_Look], scales: Tensor, limit: float) -> None:
         + (f", one step ahead {seen[0]:.4g} -> {seen[-1]:.4g}" if seen else "")
         + f"; gradient norm {norms[0]:.4g} -> {norms[-1]:.4g}, "
         f"above {limit:g} in {len(looks) - len(seen)} of {len(looks)} iterations"
+        + (f" (in place of {_MOST}: they may cost {_SHARE:.0%} of the run's {steps} steps)" if steps else "")
     )
