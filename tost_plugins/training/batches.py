@@ -50,9 +50,9 @@ def size_of(batch: Any) -> int:
 
 
 def _entries(batch: Any) -> list[Any]:
-    return (
-        list(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    )
+    if isinstance(batch, (tuple, list)):
+        return list(batch)
+    return list(batch.values()) if isinstance(batch, Mapping) else [batch]
 
 
 def _counts(entry: Any) -> list[int]:
