@@ -86,6 +86,8 @@ CASES = {
     "several losses": Case(losses, (IMAGE, TABLE, LABEL)),
     "a detector": Case(detector, (tuple(IMAGE), tuple({"class": label} for label in LABEL))),
     "out": Case(lambda self, image, table: {"out": self.scores(image, table)}, (IMAGE, TABLE, LABEL)),
+    "names of its own, and any": Case(lambda self, x=None, **rest: self.scores(x, TABLE), {"img": IMAGE, "label": LABEL}),
+    "one-hot labels": Case(plain, (IMAGE, TABLE, F.one_hot(LABEL, 3).float())),
     "one output": Case(lambda self, image, table: {"prediction": self.scores(image, table)}, (IMAGE, TABLE, LABEL)),
     "loss of outputs": Case(lambda self, image, table: (self.scores(image, table), image), (IMAGE, TABLE, LABEL),
                             {"loss_fn": lambda outputs, labels: F.cross_entropy(outputs[0], labels)}),
@@ -182,6 +184,9 @@ REFUSED = {
         (IMAGE, TABLE, LABEL),
         "criterion=",
     ),
+    "numbers to be learned": (plain, (IMAGE, TABLE, torch.rand(12, 3)), "loss_fn="),
+    "labels of many classes": (plain, (IMAGE, TABLE, torch.ones(12, 3)), "loss_fn="),
+    "one score": (lambda self, image, table: self.scores(image, table)[:, :1], (IMAGE, TABLE, LABEL * 0), "loss_fn="),
     "no labels": (plain, {"image": IMAGE, "table": TABLE}, "criterion="),
 }
 

@@ -99,9 +99,9 @@ def loss_of(outputs: Any, batch: Any, model: Any, loss_fn: Callable[..., Tensor]
     function, labels = loss_fn or _cross_entropy, labels_of(batch, model)
     try:
         return function(outputs, labels)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a user's function may raise anything, and one of class scores does
+        if isinstance(error, (TostError, torch.OutOfMemoryError)):
+            raise
         try:
             return function(main_of(outputs), labels)
         except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError):
@@ -125,8 +125,23 @@ def own_loss(outputs: Any) -> Tensor | None:
 
 
 def _cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
-    loss, aux = F.cross_entropy(main_of(outputs), labels), _entry(outputs, "aux")
+    scores, aux = main_of(outputs), _entry(outputs, "aux")
+    if not _of_classes(scores, labels):
+        raise TostError(
+            f"loss: expected labels that are classes, for cross entropy, got {_shown(labels)} for {_shown(scores)}; "
+            f"pass loss_fn=, or {CRITERION}"
+        )
+    loss = F.cross_entropy(scores, labels)
     return loss if aux is None else loss + 0.5 * F.cross_entropy(aux, labels)
+
+
+def _of_classes(scores: Tensor, labels: Any) -> bool:
+    """Whether there are several classes, and the labels are classes or their probabilities, which add up to 1."""
+    if not isinstance(labels, Tensor) or (scores.ndim > 1 and scores.shape[1] == 1):
+        return False
+    if not labels.is_floating_point():
+        return True
+    return labels.ndim > 1 and bool((labels >= 0).all()) and bool(((labels.sum(1) - 1).abs() < 1e-3).all())
 
 
 def _arranged(model: Any, batch: Any, labels: bool) -> tuple[tuple, dict[str, Any], tuple]:
@@ -172,9 +187,11 @@ def _side_by_side(inputs: _Inputs | None, entry: Any) -> bool:
 
 
 def _by_name(inputs: _Inputs | None, batch: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    if inputs is None or inputs.any_name or {*batch} <= {*inputs.names, *inputs.keywords}:
+    if inputs is None or {*batch} <= {*inputs.names, *inputs.keywords}:
         return (), dict(batch)
     known = {name: batch[name] for name in (*inputs.names, *inputs.keywords) if name in batch}
+    if inputs.any_name and (known or not inputs.names):
+        return (), dict(batch)
     missing = [name for name in inputs.names[: inputs.required] if name not in known]
     if known and not missing:
         return (), known
@@ -238,5 +255,5 @@ def _many(outputs: Any) -> bool:
 
 def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     return f"{type(value).__name__} of {list(value)}" if isinstance(value, Mapping) else type(value).__name__
