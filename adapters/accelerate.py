@@ -15,6 +15,8 @@ from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe.recipe import Recipe
 from tost_plugins.session.drive import check_stepped, follow
 from tost_plugins.session.session import Report, Session
+from tost_plugins.training.batches import length
+from tost_plugins.training.calling import call
 from tost_plugins.training.params import unwrap
 
 
@@ -90,17 +92,29 @@ class TostHook:
         total_steps: int | None = None,
         steps_per_epoch: int | None = None,
         loss_fn: Callable[..., Tensor] | None = None,
+        *,
+        forward: Callable[[Any, Any], Any] = call,
+        criterion: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         """Find the mask (after `prepare`, before the first step) and follow the optimizer's steps from here on.
 
         `total_steps` counts optimizer steps of the whole run; `steps_per_epoch` is `len(dataloader)` divided by the
-        accumulation steps where not given.
+        accumulation steps where not given; a stream has none. `loss_fn(outputs, labels)`, `forward(model, batch)` and
+        `criterion(outputs, batch)` are those of `Session.drive`.
         """
-        if steps_per_epoch is None and hasattr(dataloader, "__len__"):
-            steps_per_epoch = math.ceil(len(dataloader) / self.accelerator.gradient_accumulation_steps)
+        if steps_per_epoch is None and (batches := length(dataloader)) is not None:
+            steps_per_epoch = math.ceil(batches / self.accelerator.gradient_accumulation_steps)
         session = self.session
         self._stop()
-        session.start(optimizer, dataloader, loss_fn=loss_fn, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+        session.start(
+            optimizer,
+            dataloader,
+            loss_fn=loss_fn,
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            forward=forward,
+            criterion=criterion,
+        )
         self._stop = follow(session, after=self._log)
 
     def criterion(self, loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -20,9 +20,9 @@ from tost_plugins.masks.base import Moving
 from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe.recipe import Recipe
 from tost_plugins.session.session import Session, session_of
+from tost_plugins.training.calling import labels_of, logits_of
 from tost_plugins.training.clock import Clock, times_of
 from tost_plugins.training.params import unwrap
-from tost_plugins.training.task import labels_of, logits_of
 from tost_plugins.tweaks.label_smoothing import check_hard, smooth, smoothed_loss
 
 

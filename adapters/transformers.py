@@ -18,9 +18,10 @@ from tost_plugins.errors import TostError
 from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe.recipe import Recipe
 from tost_plugins.session.session import Session, session_of
+from tost_plugins.training.batches import length
+from tost_plugins.training.calling import call, logits_of
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
-from tost_plugins.training.task import logits_of
 from tost_plugins.tweaks.label_smoothing import smoothed_loss
 from tost_plugins.tweaks.surgery.swap import restore, swap
 
@@ -51,7 +52,8 @@ class TostCallback(TrainerCallback, ExportableState):
 
     Give it to the Trainer's constructor; `trainer.add_callback` comes too late and is an error, and so is `model_init`.
     `recipe` is a Recipe, a dict, a path or a shipped name (None: "tost_any_mask"); overrides are `mask` (a kind, a path,
-    a dict or a Mask), `sparsity`, `tweaks` and `seed`.
+    a dict or a Mask), `sparsity`, `tweaks` and `seed`. Masks and initialisations that look at data use the loss that the
+    model returns; `forward(model, batch)` and `criterion(outputs, batch)` say how else it is called, and what else its loss is.
 
     Label smoothing acts on the loss that the model returns; with an own loss pass
     `compute_loss_func=callback.criterion(loss_fn)`. `load_best_model_at_end` chooses among the checkpoints from the
@@ -64,7 +66,15 @@ class TostCallback(TrainerCallback, ExportableState):
         'snip'
     """
 
-    def __init__(self, recipe: Recipe | dict | str | None = None, **overrides: Any) -> None:
+    def __init__(
+        self,
+        recipe: Recipe | dict | str | None = None,
+        *,
+        forward: Callable[[Any, Any], Any] = call,
+        criterion: Callable[[Any, Any], Tensor] | None = None,
+        **overrides: Any,
+    ) -> None:
+        self._forward, self._criterion = forward, criterion
         self._mask = overrides.pop("mask") if isinstance(overrides.get("mask"), Mask) else None
         self.recipe = Recipe.of(recipe, **overrides)
         self._session: Session | None = None
@@ -127,8 +137,10 @@ class TostCallback(TrainerCallback, ExportableState):
             )
         _check_checkpoint(session, state)
         loader = kwargs["train_dataloader"]
-        per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps) if hasattr(loader, "__len__") else None
-        session.start(kwargs["optimizer"], loader, clock=Clock(state.global_step, state.max_steps, per_epoch))
+        batches = length(loader)
+        per_epoch = None if batches is None else math.ceil(batches / args.gradient_accumulation_steps)
+        clock = Clock(state.global_step, state.max_steps, per_epoch)
+        session.start(kwargs["optimizer"], loader, clock=clock, forward=self._forward, criterion=self._criterion)
         self._plain_from = _ends(session, session.recipe.mask, *session.tweaks) if session.state == "running" else 0
         if args.load_best_model_at_end and self._plain_from:
             say(f"load_best_model_at_end: the best from step {self._plain_from} on, where the network is the plain one")

@@ -18,7 +18,7 @@ from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods.grasp import Grasp
 from tost_plugins.masks.methods.snip import Snip
 from tost_plugins.masks.methods.synflow import SynFlow
-from tost_plugins.masks.scoring import pick, size_of
+from tost_plugins.training.batches import pick, size_of
 from tost_plugins.training.params import prunable
 from tost_plugins.training.task import Task
 

@@ -365,6 +365,20 @@ def test_one_line_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         assert part in record.getMessage()
 
 
+def test_set_up_costs_a_twentieth_of_the_run_at_most(caplog: pytest.LogCaptureFixture) -> None:
+    def iterations(steps: int | None, **options: int) -> str:
+        caplog.clear()
+        task = Task.of(tiny(), batches=data(), steps=steps)
+        with caplog.at_level(logging.INFO, logger="tost_plugins"):
+            RescaledInit(**options).start(task, {})
+        return caplog.records[0].getMessage().partition(" of ")[2]
+
+    assert iterations(600) == "5 iterations (in place of 180: they may cost 5% of the run's 600 steps)"
+    assert iterations(1).startswith("1 iterations (in place of 180")
+    assert iterations(600, iterations=9) == "9 iterations"
+    assert iterations(None) == iterations(10**6) == "180 iterations"
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -391,7 +405,7 @@ def test_defaults_of_the_function_are_those_of_the_tweak() -> None:
     assert (tweak.kind, tweak.optional, tweak.iterations, tweak.min_scale) == (
         "rescaled_init",
         False,
-        180,
+        None,
         0.01,
     )
     assert tweak.metrics(tiny()) == {} and tweak.attach(tiny(), 0) is None and tweak.companions(tiny()) == []

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks.scoring import pick, size_of
 from tost_plugins.training import ranks
+from tost_plugins.training.batches import joined, pick, size_of
+from tost_plugins.training.calling import labels_of, main_of
 from tost_plugins.training.log import say
-from tost_plugins.training.task import Task, labels_of, logits_of, to_device
+from tost_plugins.training.task import Task
 
 # How many times the samples that are wanted are looked at before a class counts as rare.
 _LOOK = 100
@@ -31,7 +31,7 @@ def balanced(task: Task, per_class: int, method: str = "grasp") -> list[Any]:
     """
     first = task.take(1, method)[0]
     with torch.no_grad():
-        classes = logits_of(task.outputs(task.weights(), first)).shape[-1]
+        classes = main_of(task.outputs(task.weights(), first, labels=False)).shape[-1]
     parts, taken = _collect(task, math.ceil(per_class / ranks.world()), classes, method)
     if not parts:
         raise TostError(f"{method}: expected samples with a class, got none; check the labels")
@@ -41,10 +41,10 @@ def balanced(task: Task, per_class: int, method: str = "grasp") -> list[Any]:
             f"{method}: {short} of {classes} classes have fewer than {per_class} samples in the batches",
             logging.WARNING,
         )
-    whole = _joined(parts)
+    whole = joined(parts)
     size = size_of(whole)
     pieces = torch.arange(size).tensor_split(math.ceil(size / size_of(first)))
-    return [to_device(pick(whole, piece.tolist()), task.device) for piece in pieces]
+    return [pick(whole, piece.tolist()) for piece in pieces]
 
 
 def _collect(task: Task, quota: int, classes: int, method: str) -> tuple[list[Any], Counter[int]]:
@@ -53,7 +53,7 @@ def _collect(task: Task, quota: int, classes: int, method: str) -> tuple[list[An
     seen = 0
     for batch in () if task.batches is None else task.batches:
         index = []
-        for i, label in enumerate(_classes(batch, method)):
+        for i, label in enumerate(_classes(task, batch, method)):
             if label >= 0 and taken[label] < quota:
                 taken[label] += 1
                 index.append(i)
@@ -65,8 +65,8 @@ def _collect(task: Task, quota: int, classes: int, method: str) -> tuple[list[An
     return parts, taken
 
 
-def _classes(batch: Any, method: str) -> list[int]:
-    labels = labels_of(batch)
+def _classes(task: Task, batch: Any, method: str) -> list[int]:
+    labels = labels_of(batch, task.model)
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
         got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise TostError(
@@ -74,15 +74,3 @@ def _classes(batch: Any, method: str) -> list[int]:
             f"use a mask method that needs no classes, such as snip"
         )
     return labels.tolist()
-
-
-def _joined(batches: Sequence[Any]) -> Any:
-    """One batch of all samples; what does not count samples is taken from the first."""
-    first = batches[0]
-    if isinstance(first, Tensor):
-        return torch.cat(list(batches)) if first.ndim else first
-    if isinstance(first, Mapping):
-        return {key: _joined([batch[key] for batch in batches]) for key in first}
-    if isinstance(first, (tuple, list)):
-        return [_joined(entries) for entries in zip(*batches, strict=True)]
-    return first

@@ -14,6 +14,7 @@ from tost_plugins.masks.base import MaskMethod
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods import MASKS
 from tost_plugins.training import ranks
+from tost_plugins.training.calling import call
 from tost_plugins.training.params import prunable, unwrap
 from tost_plugins.training.task import Task
 
@@ -25,6 +26,8 @@ def find(
     batches: Iterable[Any] | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     *,
+    forward: Callable[[Any, Any], Any] = call,
+    criterion: Callable[[Any, Any], Tensor] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Mask:
@@ -32,9 +35,11 @@ def find(
 
     `kind` is a name in `MASKS`, with `sparsity` (share of removed weights in [0, 1), 0 is dense) and
     `options` for its fields, or a method made already, such as `Snip(sparsity=0.9, batches=4)`. Methods
-    that look at data take `batches` (a DataLoader or a list, not an iterator) and `loss_fn(logits,
-    labels)`, by default the loss that the model returns, or cross entropy. Wrappers (DDP, torch.compile)
-    are looked through. With torch.distributed, call it on every rank: all get the same mask. Raises
+    that look at data take `batches` (a DataLoader or a list, not an iterator) and `loss_fn(outputs,
+    labels)`, of the outputs as they are or of their class scores, by default the loss that the model
+    returns, or cross entropy. Other networks than those of docs/adapters.md: `forward(model, batch)` says
+    how the model is called, `criterion(outputs, batch)` what its loss is. Wrappers (DDP, torch.compile) are
+    looked through. With torch.distributed, call it on every rank: all get the same mask. Raises
     TostError, which starts with `masks.find(kind)`.
 
     Example:
@@ -50,7 +55,7 @@ def find(
         if not isinstance(model, nn.Module):
             raise TostError(f"model: expected a torch.nn.Module, got {type(model).__name__}; pass the network")
         method = _method(kind, options)
-        task = Task(unwrap(model), prunable(unwrap(model), method.ignore), batches, loss_fn)
+        task = Task(unwrap(model), prunable(unwrap(model), method.ignore), batches, loss_fn, forward, criterion)
         return run(method, task, seed)
     except ValidationError as error:
         raise from_pydantic(where, error) from None

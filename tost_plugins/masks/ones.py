@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks.scoring import pick
+from tost_plugins.training.batches import pick
+from tost_plugins.training.calling import LABELS, call, inputs_in, main_of
 from tost_plugins.training.log import say
 from tost_plugins.training.params import PRUNABLE, plain_modules
-from tost_plugins.training.task import LABELS, Task, logits_of
+from tost_plugins.training.task import Task
 
 Shape = tuple[int, ...]
 
@@ -27,13 +28,13 @@ def batch(task: Task, weights: Mapping[str, Tensor], shape: Shape | None) -> Any
     without); else (ones, one label), of a shape that fits the first layer, which is logged. Raises
     TostError when none runs.
     """
-    problem: Exception | None = None
+    problem: BaseException | None = None
     for candidate in _candidates(task, shape):
         try:
             with torch.no_grad():
-                logits_of(task.outputs(weights, candidate, torch.float64))
+                total(task.outputs(weights, candidate, torch.float64, labels=False))
         except Exception as error:  # the user's network may raise anything
-            problem = error
+            problem = error.__cause__ or error
             continue
         if shape is None and task.batches is None:
             say(f"synflow: no batches and no input_shape, so the input is {tuple(candidate[0].shape[1:])}")
@@ -48,21 +49,20 @@ def _candidates(task: Task, shape: Shape | None) -> Iterator[Any]:
     if task.batches is not None:
         one = pick(task.take(1, "synflow")[0], [0])
         if isinstance(one, Mapping):
-            yield _like({key: value for key, value in one.items() if key not in LABELS}, shape)
-        yield _like(one, shape)
+            yield _like({key: value for key, value in one.items() if key not in LABELS}, shape, 1)
+        yield _like(one, shape, inputs_in(one, task.model) if task.forward is call else 1)
         return
     for guess in [shape] if shape is not None else _shapes(task.model):
         ones = torch.ones(1, *guess, dtype=torch.float64, device=task.device)
         yield ones, torch.zeros(1, dtype=torch.long, device=task.device)
 
 
-def _like(one: Any, shape: Shape | None) -> Any:
-    """The sample with its inputs all ones; the first of them in another shape if one is given."""
+def _like(one: Any, shape: Shape | None, count: int) -> Any:
+    """The sample with its inputs all ones, `count` of a tuple's; the first of them in another shape if one is given."""
     if isinstance(one, Tensor):
         if not one.is_floating_point() and shape is None:
             raise TostError(f"synflow: expected inputs that are floating point, got {one.dtype}; pass input_shape")
-        size = tuple(one.shape[1:]) if shape is None else shape
-        return torch.ones(1, *size, dtype=torch.float64, device=one.device)
+        return torch.ones(one.shape if shape is None else (1, *shape), dtype=torch.float64, device=one.device)
     if isinstance(one, Mapping):
         inputs = [k for k, v in one.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in LABELS]
         if not inputs:
@@ -70,10 +70,23 @@ def _like(one: Any, shape: Shape | None) -> Any:
                 f"synflow: expected a batch with an input that is floating point, got the keys "
                 f"{list(one)}; use another mask method"
             )
-        return {**one, **{key: _like(one[key], shape if key == inputs[0] else None) for key in inputs}}
+        return {**one, **{key: _like(one[key], shape if key == inputs[0] else None, 1) for key in inputs}}
     if isinstance(one, (tuple, list)) and one:
-        return [_like(one[0], shape), *one[1:]]
+        return [_like(one[0], shape, 1), *(_ones(other) for other in one[1:count]), *one[count:]]
     raise TostError(f"synflow: expected batches of tensors, got {type(one).__name__}; pass tensors, pairs or dicts")
+
+
+def _ones(part: Any) -> Any:
+    floating = isinstance(part, Tensor) and part.is_floating_point()
+    return torch.ones(part.shape, dtype=torch.float64, device=part.device) if floating else part
+
+
+def total(outputs: Any) -> Tensor:
+    """The sum of the class scores: of the main output, or of all tensors in a dict that has several."""
+    tensors = [part for part in outputs.values() if isinstance(part, Tensor)] if isinstance(outputs, Mapping) else []
+    if len(tensors) > 1 and "logits" not in outputs and all(part.ndim for part in tensors):
+        return torch.stack([part.sum() for part in tensors]).sum()
+    return main_of(outputs).sum()
 
 
 def _shapes(model: nn.Module) -> Iterator[Shape]:

@@ -1,5 +1,4 @@
-"""What scoring methods share: gradients of the prunable weights over samples and ranks, and parts of
-batches."""
+"""What scoring methods share: gradients of the prunable weights over samples and ranks."""
 
 from __future__ import annotations
 
@@ -11,6 +10,8 @@ from torch import Tensor
 
 from tost_plugins.errors import TostError
 from tost_plugins.training import ranks
+from tost_plugins.training.batches import size_of
+from tost_plugins.training.functions import backward_only
 from tost_plugins.training.task import Task
 
 
@@ -35,7 +36,8 @@ def derivative(
             f"{method}: expected a loss that depends on the weights, got one without a gradient; "
             f"take torch.no_grad() and .detach() out of the forward pass and the loss"
         )
-    grads = torch.autograd.grad(value, list(weights.values()), create_graph=create_graph, allow_unused=True)
+    with backward_only(method):
+        grads = torch.autograd.grad(value, list(weights.values()), create_graph=create_graph, allow_unused=True)
     for name, grad in zip(weights, grads, strict=True):
         if grad is None:
             raise TostError(
@@ -59,10 +61,10 @@ def gradient(
     batch each get what one rank gets from the whole. Raises TostError on a loss or gradient that is NaN or
     infinite.
     """
-    own, loss = task.leaves(weights), loss or task.loss
+    own = task.leaves(weights)
 
     def term(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        value = loss(task.outputs(weights, batch), batch)
+        value = task.loss_at(weights, batch, loss)
         return value, derivative(value, own, method)
 
     return average(batches, own, term, method)
@@ -107,25 +109,3 @@ def _check_finite(tensors: Mapping[str, Tensor], method: str) -> None:
                 f"{method}: expected finite numbers, got NaN or infinity in {what}; "
                 f"check the batches, the weights and the loss function"
             )
-
-
-def size_of(batch: Any) -> int:
-    """How many samples a batch holds: the first dimension of its first tensor; 1 where there is none."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    return next((size_of(value) for value in values if isinstance(value, (Tensor, Mapping, tuple, list))), 1)
-
-
-def pick(batch: Any, index: Sequence[int]) -> Any:
-    """The samples `index` of a batch: of every tensor whose first dimension counts samples, those rows."""
-    size = size_of(batch)
-
-    def of(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[torch.as_tensor(index, device=value.device)] if value.ndim and len(value) == size else value
-        if isinstance(value, Mapping):
-            return {key: of(entry) for key, entry in value.items()}
-        return [of(entry) for entry in value] if isinstance(value, (tuple, list)) else value
-
-    return of(batch)

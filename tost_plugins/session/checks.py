@@ -77,12 +77,20 @@ def gradients(model: nn.Module, optimizers: Optimizers, clock: Clock) -> None:
 
 def same_recipe(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise TostError unless a checkpoint's recipe has the mask and tweaks of this one."""
-    differ = [key for key in ("mask", "tweaks") if saved.get(key) != own.get(key)]
+    differ = [key for key in ("mask", "tweaks") if _lasting(saved.get(key)) != _lasting(own.get(key))]
     if differ:
         raise TostError(
             f"load_state_dict: expected a checkpoint of the same {' and '.join(differ)}, got "
             f"{saved.get(differ[0])!r}; resume with the recipe that the run was started with"
         )
+
+
+def _lasting(part: Any) -> Any:
+    """A part of a recipe without what is over when a run goes on: how long rescaled_init took."""
+    if isinstance(part, list):
+        return [_lasting(tweak) for tweak in part]
+    over = "iterations" if isinstance(part, dict) and part.get("kind") == "rescaled_init" else None
+    return {key: value for key, value in part.items() if key != over} if isinstance(part, dict) else part
 
 
 def times(parts: Iterable[Any], clock: Clock) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tost_plugins.errors import TostError
+from tost_plugins.training.batches import length
 
 
 @contextmanager
@@ -19,16 +20,18 @@ def drive(
     loss_fn: Callable[..., Tensor] | None = None,
     total_steps: int | None = None,
     steps_per_epoch: int | None = None,
+    **how: Any,
 ) -> Iterator[Any]:
     """Within: every step of the optimizer, or of the list of them, keeps the mask and advances the schedules. On leaving
     without an error the session finishes; after an error or Ctrl-C it stays as it is, so that a checkpoint can still be
-    written. `steps_per_epoch` is `len(batches)` where not given. Raises TostError on leaving if no step came by.
+    written. `steps_per_epoch` is `len(batches)` where not given and known; `how` is what else `start` takes. Raises TostError
+    on leaving if no step came by.
     """
-    if steps_per_epoch is None and hasattr(batches, "__len__"):
-        steps_per_epoch = len(batches)
+    if steps_per_epoch is None:
+        steps_per_epoch = length(batches)
     if session.state == "new":
         session.attach()
-    session.start(optimizer, batches, loss_fn=loss_fn, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    session.start(optimizer, batches, loss_fn=loss_fn, total_steps=total_steps, steps_per_epoch=steps_per_epoch, **how)
     stop = follow(session)
     try:
         yield session

@@ -22,8 +22,11 @@ from tost_plugins.session.report import Report, report
 from tost_plugins.session.run import Run
 from tost_plugins.session.smoothing import Smoothing
 from tost_plugins.training import sharding
+from tost_plugins.training.calling import call
 from tost_plugins.training.clock import Clock
-from tost_plugins.training.task import Task, call
+from tost_plugins.training.params import device_of
+from tost_plugins.training.reading import reading
+from tost_plugins.training.task import Task
 
 __all__ = ["Report", "Session", "session_of"]
 
@@ -101,7 +104,8 @@ class Session:
         """Find the mask and apply it (or, where a checkpoint was loaded, take both from it) before the first step.
 
         `optimizer` is one or a list of several. `batches` is something that can be read again and again, for masks and
-        initialisations that look at data; `total_steps` and `steps_per_epoch` count optimizer steps. A `clock` is the
+        initialisations that look at data, and so are `loss_fn(outputs, labels)`, `forward(model, batch)`, which calls the model,
+        and `criterion(outputs, batch)`, its loss; `total_steps` and `steps_per_epoch` count optimizer steps. A `clock` is the
         trainer's own time; it counts before the first step, and where a checkpoint is from another step, since its weights
         begin another run then. Raises TostError with the weights unchanged.
         """
@@ -113,8 +117,10 @@ class Session:
         if clock is not None and self.state != "finished" and self.saved_step() not in (-1, clock.step or None):
             buffers.write_clock(self.model, clock, lengths=True)
         if self.state == "attached":
-            task = Task(self.model, self.run.params, batches, loss_fn, forward, criterion)
-            self.run.begin(task, clock or Clock(0, total_steps, steps_per_epoch), self.optimizers)
+            clock = clock or Clock(0, total_steps, steps_per_epoch)
+            with reading(batches, device_of(self.model)) as found:  # once, for all that look at it
+                task = Task(self.model, self.run.params, found, loss_fn, forward, criterion, clock.total_steps)
+                self.run.begin(task, clock, self.optimizers)
             self.state = "running"
         elif self.state == "running":
             self.run.notice_loading()
@@ -195,10 +201,14 @@ class Session:
         loss_fn: Callable[..., Tensor] | None = None,
         total_steps: int | None = None,
         steps_per_epoch: int | None = None,
+        *,
+        forward: Callable[[Any, Any], Any] = call,
+        criterion: Callable[[Any, Any], Tensor] | None = None,
     ) -> contextlib.AbstractContextManager[Session]:
         """`with session.drive(optimizer, train_loader, total_steps=...)`: a plain loop inside trains sparse; on leaving
-        without an error the session finishes. See `tost_plugins.session.drive.drive`."""
-        return drive(self, optimizer, batches, loss_fn, total_steps, steps_per_epoch)
+        without an error the session finishes. The arguments are those of `start`."""
+        how = {"forward": forward, "criterion": criterion}
+        return drive(self, optimizer, batches, loss_fn, total_steps, steps_per_epoch, **how)
 
     def criterion(self, loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The training loss: `loss_fn(logits, labels)` with smoothed labels if the recipe smooths them and the model

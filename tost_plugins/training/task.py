@@ -3,102 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from tost_plugins.errors import TostError
+from tost_plugins.training import rng
+from tost_plugins.training.batches import walk
+from tost_plugins.training.calling import FORWARD, call, loss_of
+from tost_plugins.training.functions import checkpoints_run_once
 from tost_plugins.training.params import clean_name, device_of, prunable
+from tost_plugins.training.reading import Batches, generators, reading
 
-#: Keys of a dict batch that hold the labels, the first that is there.
-LABELS = ("labels", "label", "target", "targets", "y")
-
-
-def call(model: Callable[..., Any], batch: Any) -> Any:
-    """The usual ways to call a network on a batch: `model(**batch)`, `model(batch[0])` or `model(batch)`."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0]) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-def logits_of(outputs: Any) -> Tensor:
-    """The class scores in what a network returned: the tensor itself, or its `logits`."""
-    if isinstance(outputs, Tensor):
-        return outputs
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-    if logits is None:
-        raise TostError(
-            f"outputs: expected a tensor or something with `logits`, got {type(outputs).__name__}; "
-            f"pass a loss function that takes these outputs"
-        )
-    return logits
-
-
-def labels_of(batch: Any) -> Tensor:
-    """The labels of a batch: the second of a pair, or the entry `labels`, `label`, `target(s)` or `y` of a dict."""
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        return batch[1]
-    found = [batch[key] for key in LABELS if key in batch] if isinstance(batch, Mapping) else []
-    if not found:
-        raise TostError(
-            f"batch: expected a pair (inputs, labels) or a dict with labels, got {type(batch).__name__}; "
-            f"pass batches with labels"
-        )
-    return found[0]
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in it on `device`."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        values = [to_device(value, device) for value in batch]
-        return (
-            type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-        )  # a named tuple takes them singly
-    return batch
-
-
-def check_batches(batches: Any) -> None:
-    """Raise TostError unless `batches` can be iterated again and again: a DataLoader or a list, not an iterator."""
-    if iter(batches) is batches:
-        raise TostError(
-            f"batches: expected something that can be read twice, got a one-shot {type(batches).__name__}; "
-            f"pass the DataLoader itself or a list of batches"
-        )
-    try:
-        empty = len(batches) == 0
-    except TypeError:  # no length, such as a DataLoader of an IterableDataset
-        empty = False
-    if empty:
-        raise TostError("batches: expected at least one batch, got an empty loader; check batch_size and drop_last")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Task:
     """A model, its prunable weights, and optionally batches and a loss: all that a method is given.
 
-    Nothing here changes the model: `outputs` runs it on copies of its weights and buffers. `forward(call, batch)` and
-    `criterion(outputs, batch)` are a framework's own conventions; without them the usual ones are used, and
-    `loss_fn(logits, labels)`, the loss that the model returns, or cross entropy, in this order.
+    Nothing here changes the model: it runs on copies of its weights, its buffers and the batches. `forward(model, batch)` and
+    `criterion(outputs, batch)` are a framework's or a user's own conventions; without them the usual ones are used (`call`),
+    and `loss_fn(outputs, labels)`, the loss that the model returns, or cross entropy, in this order (`loss_of`).
     """
 
     model: nn.Module
     params: Mapping[str, nn.Parameter]
     batches: Iterable[Any] | None = None
     loss_fn: Callable[[Any, Any], Tensor] | None = None
-    forward: Callable[[Callable[..., Any], Any], Any] = call
+    forward: Callable[[Any, Any], Any] = call
     criterion: Callable[[Any, Any], Tensor] | None = None
+    steps: int | None = None  # of the whole run, where that is known
+
+    def __post_init__(self) -> None:
+        if self.batches is not None:
+            object.__setattr__(self, "batches", Batches.of(self.batches, self.device))
 
     @classmethod
     def of(cls, model: nn.Module, ignore: Sequence[str] = (), **rest: Any) -> Task:
@@ -112,14 +56,9 @@ class Task:
 
     def take(self, count: int, method: str) -> list[Any]:
         """The first `count` batches on the model's device, fewer if there are fewer; raises TostError without any."""
-        if self.batches is None:
+        if not isinstance(self.batches, Batches):
             raise TostError(f"{method}: expected batches to look at, got None; pass batches=train_dataloader")
-        check_batches(self.batches)
-        taken = []
-        for batch in self.batches:
-            taken.append(to_device(batch, self.device))
-            if len(taken) == count:
-                break
+        taken = self.batches.take(count)
         if not taken:
             raise TostError(f"{method}: expected at least one batch, got an empty loader; check batch_size, drop_last")
         return taken
@@ -139,8 +78,48 @@ class Task:
         names = {id(param): clean_name(name) for name, param in self.model.named_parameters()}
         return {name: weights[names[id(param)]] for name, param in self.params.items()}
 
-    def outputs(self, weights: Mapping[str, Tensor], batch: Any, dtype: torch.dtype | None = None) -> Any:
-        """What the model returns on `batch` with these weights in place of its own; buffers are thrown-away copies."""
+    def outputs(
+        self, weights: Mapping[str, Tensor], batch: Any, dtype: torch.dtype | None = None, labels: bool | None = None
+    ) -> Any:
+        """What the model returns on `batch` with these weights in place of its own; buffers are thrown-away copies.
+
+        A network that can take labels, and return its loss, is given them (`labels`) where there is no other loss.
+        """
+        return self._within(weights, lambda: self._run(batch, labels), dtype)
+
+    def loss_at(
+        self, weights: Mapping[str, Tensor], batch: Any, of: Callable[[Any, Any], Tensor] | None = None
+    ) -> Tensor:
+        """The training loss with these weights (not checked for being finite), or `of(outputs, batch)` in its place."""
+        return self._within(weights, lambda: (of or self.loss)(self._run(batch, None if of is None else False), batch))
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        """The training loss of these outputs."""
+        if self.criterion is not None:
+            return self.criterion(outputs, batch)
+        return loss_of(outputs, batch, self.model, self.loss_fn)
+
+    def _run(self, batch: Any, labels: bool | None) -> Any:
+        labels = self.loss_fn is None and self.criterion is None if labels is None else labels
+        batch = walk(lambda part: part.clone() if isinstance(part, Tensor) else part, batch)  # it may write into them
+        try:
+            return call(self.model, batch, labels) if self.forward is call else self.forward(self.model, batch)
+        except (TostError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the user's network may raise anything
+            if str(error).startswith("Expected more than 1 value per channel when training"):
+                raise TostError(
+                    f"batch: expected more than 1 value per channel for batch norm in training mode, got "
+                    f"{str(error).rpartition('input size ')[2]}; use larger batches, or drop a short last one (drop_last=True)"
+                ) from error
+            if self.forward is not call:
+                raise
+            raise TostError(
+                f"batch: expected one that {type(self.model).__name__} runs on, got {type(error).__name__} ({error}); {FORWARD}"
+            ) from error
+
+    def _within(self, weights: Mapping[str, Tensor], run: Callable[[], T], dtype: torch.dtype | None = None) -> T:
+        """What `run` returns while these weights, and copies of the buffers, are in the model."""
         taken = {
             id(param): weights[clean_name(name)]
             for name, param in self.model.named_parameters()
@@ -149,72 +128,49 @@ class Task:
         for buffer in self.model.buffers():
             taken[id(buffer)] = buffer.to(dtype if dtype and buffer.is_floating_point() else buffer.dtype, copy=True)
         tensors = {
-            f"{path}.{name}" if path else name: taken[id(tensor)]
+            f"model.{path}.{name}" if path else f"model.{name}": taken[id(tensor)]
             for path, module in self.model.named_modules()  # each module once, tied tensors wherever they are
             for name, tensor in (*module._parameters.items(), *module._buffers.items())
             if id(tensor) in taken
         }
-        try:
-            # tie_weights would swap a module with two names twice, and so lose its parameters
-            return self.forward(lambda *a, **k: functional_call(self.model, tensors, a, k, tie_weights=False), batch)
-        except ValueError as error:
-            if not str(error).startswith("Expected more than 1 value per channel when training"):
-                raise
-            raise TostError(
-                f"batch: expected more than 1 value per channel for batch norm in training mode, got "
-                f"{str(error).rpartition('input size ')[2]}; use larger batches, or drop a short last one (drop_last=True)"
-            ) from error
+        # tie_weights would swap a module with two names twice, and so lose its parameters
+        return functional_call(_Run(self.model, run), tensors, (), tie_weights=False)
 
-    def loss(self, outputs: Any, batch: Any) -> Tensor:
-        """The training loss of these outputs (not checked for being finite)."""
-        if self.criterion is not None:
-            return self.criterion(outputs, batch)
-        if self.loss_fn is not None:
-            return self.loss_fn(logits_of(outputs), labels_of(batch))
-        own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-        return own if own is not None else F.cross_entropy(logits_of(outputs), labels_of(batch))
+
+class _Run(nn.Module):
+    """Calls a function that calls the model, whose methods and attributes are there for whatever forward a user has given."""
+
+    def __init__(self, model: nn.Module, run: Callable[[], Any]) -> None:
+        super().__init__()
+        self.model, self.run = model, run
+
+    def forward(self) -> Any:
+        return self.run()
 
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, batches: Any = None, *, train: bool) -> Iterator[None]:
-    """Look at a model in train or eval mode and leave no trace: modes, RNG states and the loader's generators return.
+    """Look at a model in train or eval mode and leave no trace: modes, random generators and the loader (the task's batches)
+    return, and gradient checkpointing runs nothing a second time.
 
-    Weights, gradients and buffers are safe because `Task.outputs` works on copies.
+    Weights, gradients and buffers are safe because `Task` works on copies.
     """
     modes = [(module, module.training) for module in model.modules()]
-    python, numpy_state = random.getstate(), np.random.get_state()
-    batch_sampler = getattr(batches, "batch_sampler", None)
-    sharded = getattr(batch_sampler, "batch_sampler", None)  # Accelerate's share of one rank wraps the sampler of all
-    owners = (batches, batch_sampler, *(getattr(part, "sampler", None) for part in (batches, batch_sampler, sharded)))
-    generators = [g for g in (getattr(owner, "generator", None) for owner in owners) if isinstance(g, torch.Generator)]
-    states = [generator.get_state() for generator in generators]
-    reading = getattr(batches, "gradient_state", None)  # Accelerate's loaders count epochs, and who is being read
-    before = None if reading is None else (batches.iteration, reading.dataloader_references)
-    device = device_of(model)
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad(), _eager():
-            _seed(device)
+    own = [undo for module in model.modules() for undo in generators(module)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(reading(batches, device_of(model)))
+        stack.enter_context(rng.aside(device_of(model)))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_eager())
+        stack.enter_context(checkpoints_run_once())
+        try:
             model.train(train)
             yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        random.setstate(python)
-        np.random.set_state(numpy_state)
-        if reading is not None and before is not None:
-            batches.iteration, reading.dataloader_references = before
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-
-def _seed(device: torch.device) -> None:
-    """Dropout inside a score must not depend on what ran before. Only generators that `untouched` puts back are seeded:
-    `torch.manual_seed` would reach those of all devices, and of ones that are not in use yet."""
-    torch.default_generator.manual_seed(0)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(0)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for undo in own:
+                undo()
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:

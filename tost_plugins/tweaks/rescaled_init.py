@@ -9,29 +9,33 @@ from itertools import islice, pairwise
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.func import grad_and_value, vjp
-from torch.overrides import TorchFunctionMode
 
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.training import ranks
+from tost_plugins.training.batches import joined, pick, size_of
+from tost_plugins.training.functions import SMOOTHER, Instead
 from tost_plugins.training.log import say
 from tost_plugins.training.params import clean_name, plain_modules
-from tost_plugins.training.task import Task, to_device, untouched
+from tost_plugins.training.task import Task, untouched
 from tost_plugins.tweaks.base import STRICT, Tweak
 
 _Positive = Annotated[float, Field(gt=0)]
 _Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+#: How many iterations there are at most where nobody says it, what one costs in training steps, and what share of a run's steps
+#: all of them may cost.
+_MOST, _COST, _SHARE = 180, 6, 0.05
 
 
 def rescale(
     task: Task,
     mask: Mapping[str, Tensor],
     *,
-    iterations: int = 180,
+    iterations: int | None = None,
     learning_rate: float = 0.003,
     look_ahead: float = 0.1,
     norm: float = 1.0,
@@ -51,6 +55,7 @@ def rescale(
         >>> list(rescale(Task.of(net, batches=batches), {}, iterations=2))
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
+    count = iterations or affordable(task.steps)
     params = {name: param.detach() for name, param in trainable(task.model).items()}
     kept = {name: mask[name].to(param.device, param.dtype) for name, param in params.items() if name in mask}
     weights = {name: _masked(param, kept.get(name)) for name, param in params.items()}
@@ -60,7 +65,7 @@ def rescale(
     for_norm, for_loss = (torch.optim.Adam([scales], lr=learning_rate) for _ in range(2))
     looks: list[_Look] = []
     with untouched(task.model, task.batches, train=True):
-        for batch, following in islice(pairwise(_endless(task)), iterations):
+        for batch, following in islice(pairwise(_endless(task)), count):
             with _placed(len(looks) + 1):
                 slopes, look = objective.by_scale(weights, scales, batch, following)
             looks.append(look)
@@ -68,7 +73,7 @@ def rescale(
             (for_norm if look.ahead is None else for_loss).step()
             scales.clamp_(min=min_scale)
     scales = ranks.broadcast({"": scales}, task.device)[""]
-    _report(looks, scales, norm)
+    _report(looks, scales, norm, None if iterations or count == _MOST else task.steps)
     return dict(zip(weights, scales.tolist(), strict=True))
 
 
@@ -81,7 +86,8 @@ class RescaledInit(Tweak):
     gradient, on half of the batch and half of the next one. Inside a tensor the initial values keep their
     ratios and signs, and pruned weights stay 0. BatchNorm uses the batch; its running statistics stay.
 
-    Fields: `iterations`, from 1; each costs as much as 4 to 6 training steps. `look_ahead`, best the
+    Fields: `iterations`, from 1; each costs as much as 4 to 6 training steps; None is 180, or fewer where those would cost more
+    than 5 % of the run's steps. `look_ahead`, best the
     optimizer's learning rate; toward 0 only the loss itself counts. `norm`: toward 0 only the norm is
     lowered, infinity never limits it. `learning_rate`, about how far one iteration moves a number, which
     starts at 1: 0.003 suits networks with norms, 0.03 those without. `min_scale` in (0, 1], the smallest
@@ -101,7 +107,7 @@ class RescaledInit(Tweak):
 
     kind: Literal["rescaled_init"] = "rescaled_init"
     optional: bool = False
-    iterations: Annotated[int, Field(ge=1, le=100_000)] = 180
+    iterations: Annotated[int, Field(ge=1, le=100_000)] | None = None
     learning_rate: _Finite = 0.003
     look_ahead: _Finite = 0.1
     norm: _Positive = 1.0
@@ -110,10 +116,23 @@ class RescaledInit(Tweak):
 
     def start(self, task: Task, mask: Mapping[str, Tensor]) -> None:
         names = ("iterations", "learning_rate", "look_ahead", "norm", "min_scale", "clip")
-        scales = rescale(task, mask, **{name: getattr(self, name) for name in names})
+        try:
+            scales = rescale(task, mask, **{name: getattr(self, name) for name in names})
+        except TostError as error:  # what is optional stops no run
+            raise Inapplicable(str(error)) from error
         with torch.no_grad():
             for name, param in trainable(task.model).items():
                 param.mul_(scales[name])
+
+
+def affordable(steps: int | None) -> int:
+    """The iterations for a run of so many steps: 180, or what 5 % of the steps pay for, at least one.
+
+    Example:
+        >>> affordable(None), affordable(100_000), affordable(2_400)
+        (180, 180, 20)
+    """
+    return _MOST if steps is None else min(_MOST, max(1, int(_SHARE * steps / _COST)))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -147,8 +166,8 @@ class _Objective(NamedTuple):
 
     def gradient(self, theta: dict[str, Tensor], batch: Any) -> tuple[dict[str, Tensor], Tensor]:
         """The masked gradient of the loss on this rank's batch, and the loss."""
-        loss_of = grad_and_value(lambda theta: self.task.loss(self.task.outputs(theta, batch), batch))
-        with _Hardsigmoid():
+        loss_of = grad_and_value(lambda theta: self.task.loss_at(theta, batch))
+        with Instead(SMOOTHER):
             grads, loss = loss_of(theta)
         return {name: _masked(grad, self.kept.get(name)) for name, grad in grads.items()}, loss
 
@@ -183,29 +202,20 @@ class _Objective(NamedTuple):
         return slopes.masked_fill(size < 1e-6 * size.max(), 0), look
 
 
-class _Hardsigmoid(TorchFunctionMode):
-    """Hardsigmoid by way of hardtanh: the same function, but torch knows its second derivative."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.hardsigmoid:
-            return F.hardtanh(args[0] / 6 + 0.5, 0.0, 1.0)
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def _placed(iteration: int) -> Iterator[None]:
     """Within: errors say in which iteration they came up, and that of a missing derivative what to do."""
     where = f"rescaled_init, iteration {iteration}"
     try:
         yield
-    except TostError as error:
-        raise error.at(where) from None
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ("derivative for", "functorch", "torch.func")):
-            raise
-        reason = str(error).splitlines()[0]
-        text = f"{where}: expected a network that can be differentiated twice, got one that cannot ({reason})"
-        raise Inapplicable(f"{text}; leave rescaled_init out") from error
+    except (TostError, RuntimeError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        if any(words in reason for words in ("derivative for", "functorch", "torch.func")):
+            text = f"{where}: expected a network that can be differentiated twice, got one that cannot ({reason})"
+            raise Inapplicable(f"{text}; leave rescaled_init out") from error
+        if isinstance(error, TostError):
+            raise error.at(where) from None
+        raise
 
 
 def _masked(tensor: Tensor, keep: Tensor | None) -> Tensor:
@@ -230,37 +240,22 @@ def _check_finite(what: str, *values: float) -> None:
 
 
 def _endless(task: Task) -> Iterator[Any]:
-    """The task's batches on its device, from the beginning again whenever they end."""
-    task.take(1, "rescaled_init")  # raises where there is nothing to read, or nothing to read twice
+    """The task's batches on its device, from the beginning again whenever they end; not a last one of a lone sample, which
+    batch norm does not take."""
+    least = min(
+        2, size_of(task.take(1, "rescaled_init")[0])
+    )  # raises where there is nothing to read, or nothing to read twice
     while True:
-        for batch in task.batches or ():
-            yield to_device(batch, task.device)
+        yield from (batch for batch in task.batches or () if size_of(batch) >= least)
 
 
-def _samples(batch: Any) -> int:
-    """How many samples a batch has: the first dimension of the first tensor in it."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else 0
-    parts = batch.values() if isinstance(batch, Mapping) else batch
-    return next(filter(None, map(_samples, parts)), 0) if isinstance(batch, (Mapping, tuple, list)) else 0
-
-
-def _halves(first: Any, second: Any, sizes: tuple[int, int] | None = None) -> Any:
+def _halves(first: Any, second: Any) -> Any:
     """The first half of one batch and the second half of another; what is not per sample is the first's."""
-    a, b = sizes = sizes or (_samples(first), _samples(second))
-    if isinstance(first, Mapping):
-        return {key: _halves(value, second[key], sizes) for key, value in first.items()}
-    if isinstance(first, (tuple, list)):
-        return type(first)(_halves(x, y, sizes) for x, y in zip(first, second, strict=True))
-    if not isinstance(first, Tensor) or first.ndim == 0 or (len(first), len(second)) != (a, b):
-        return first
-    if first.shape[1:] != second.shape[1:]:
-        shapes = f"{tuple(first.shape[1:])} and {tuple(second.shape[1:])}"
-        raise TostError(f"expected samples of one shape, got {shapes}; pass batches of one image size")
-    return torch.cat([first[: a // 2], second[b // 2 :]])
+    half, whole = size_of(first) // 2, size_of(second)
+    return joined([pick(first, range(half)), pick(second, range(whole // 2, whole))]) if half else second
 
 
-def _report(looks: list[_Look], scales: Tensor, limit: float) -> None:
+def _report(looks: list[_Look], scales: Tensor, limit: float, steps: int | None) -> None:
     losses, norms, ahead = zip(*looks, strict=True)
     seen = [loss for loss in ahead if loss is not None]
     say(
@@ -269,4 +264,5 @@ def _report(looks: list[_Look], scales: Tensor, limit: float) -> None:
         + (f", one step ahead {seen[0]:.4g} -> {seen[-1]:.4g}" if seen else "")
         + f"; gradient norm {norms[0]:.4g} -> {norms[-1]:.4g}, "
         f"above {limit:g} in {len(looks) - len(seen)} of {len(looks)} iterations"
+        + (f" (in place of {_MOST}: they may cost {_SHARE:.0%} of the run's {steps} steps)" if steps else "")
     )

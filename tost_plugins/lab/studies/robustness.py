@@ -14,8 +14,9 @@ from tost_plugins.errors import TostError
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.topk import split, top_k
 from tost_plugins.training import seeds
+from tost_plugins.training.batches import to_device
+from tost_plugins.training.calling import call
 from tost_plugins.training.params import device_of, prunable
-from tost_plugins.training.task import call, to_device
 
 How = Literal["magnitude", "random"]
 

@@ -7,12 +7,10 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from tost_plugins.errors import TostError
 from tost_plugins.masks.balanced import balanced
@@ -21,7 +19,10 @@ from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scoring import average, derivative, gradient, wide
 from tost_plugins.masks.topk import top_mask
 from tost_plugins.training import ranks
-from tost_plugins.training.task import Task, labels_of, logits_of, untouched
+from tost_plugins.training.batches import walk
+from tost_plugins.training.calling import loss_of, main_of, own_loss
+from tost_plugins.training.functions import SMOOTHER, Instead, backward_only
+from tost_plugins.training.task import Task, untouched
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -64,7 +65,7 @@ class Grasp:
     def scores(self, task: Task) -> dict[str, Tensor]:
         """S = -w * Hg, name -> tensor in the weight's shape, at least float32; high where removal does no
         harm."""
-        with untouched(task.model, task.batches, train=True), sdpa_kernel(SDPBackend.MATH), _Smooth():
+        with untouched(task.model, task.batches, train=True), sdpa_kernel(SDPBackend.MATH), Instead(SMOOTHER):
             batches, weights = balanced(task, self.per_class), task.weights()
             one = len(batches) == 1 and ranks.world() == 1  # its gradient, which is differentiated, is the whole one
             grads = {} if one else gradient(task, batches, weights, "grasp", partial(self._loss, task))
@@ -79,7 +80,7 @@ class Grasp:
         own = task.leaves(weights)
 
         def term(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-            loss = self._loss(task, task.outputs(weights, batch), batch)
+            loss = task.loss_at(weights, batch, partial(self._loss, task))
             grads = derivative(loss, own, "grasp", create_graph=True)
             dot = torch.stack(
                 [(wide(grad) * vector.get(name, wide(grad.detach()))).sum() for name, grad in grads.items()]
@@ -90,9 +91,15 @@ class Grasp:
 
     def _loss(self, task: Task, outputs: Any, batch: Any) -> Tensor:
         """The task's loss of outputs / T; for outputs with `logits` the loss of those, by default cross entropy."""
+
+        def cool(part: Any) -> Any:
+            return part / self.temperature if isinstance(part, Tensor) and part.is_floating_point() else part
+
         if isinstance(outputs, Tensor):
-            return task.loss(outputs / self.temperature, batch)
-        return (task.loss_fn or F.cross_entropy)(logits_of(outputs) / self.temperature, labels_of(batch))
+            return task.loss(cool(outputs), batch)
+        if getattr(outputs, "logits", None) is not None or own_loss(outputs) is not None:
+            return loss_of(cool(main_of(outputs)), batch, task.model, task.loss_fn)
+        return task.loss(walk(cool, outputs), batch)
 
 
 def _second_derivative(value: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,7 +107,8 @@ def _second_derivative(value: Tensor, weights: Mapping[str, Tensor]) -> dict[str
     if not value.requires_grad:
         return {name: torch.zeros_like(weight) for name, weight in weights.items()}
     try:
-        grads = torch.autograd.grad(value, list(weights.values()), materialize_grads=True)
+        with backward_only("grasp"):
+            grads = torch.autograd.grad(value, list(weights.values()), materialize_grads=True)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -109,13 +117,3 @@ def _second_derivative(value: Tensor, weights: Mapping[str, Tensor]) -> dict[str
             f"use another activation or mask method"
         ) from None
     return dict(zip(weights, grads, strict=True))
-
-
-class _Smooth(TorchFunctionMode):
-    """hardsigmoid, which torch cannot differentiate twice, written with a function that it can."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.hardsigmoid:
-            return F.relu6((args[0] if args else kwargs["input"]) + 3) / 6
-        return func(*args, **kwargs)

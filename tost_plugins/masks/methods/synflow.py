@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from tost_plugins.errors import TostError
 from tost_plugins.masks import ones
@@ -19,7 +18,8 @@ from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scoring import derivative
 from tost_plugins.masks.topk import choose, counts, dense_layers, split, tell
-from tost_plugins.training.task import Task, logits_of, untouched
+from tost_plugins.training.functions import Instead
+from tost_plugins.training.task import Task, untouched
 
 
 def _check_size(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -110,17 +110,16 @@ def _decayed(size: int, last: int, share: float) -> int:
     return round(size * (max(last, 1) / size) ** share) if size and share < 1 else last
 
 
-class Uncapped(TorchFunctionMode):
-    """relu6 and hardtanh without their upper ends, as modules or functions, while this mode is entered."""
+def _relu6(input: Tensor, inplace: bool = False) -> Tensor:
+    return (input.clamp_ if inplace else input.clamp)(min=0)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.relu6 or func is F.hardtanh:
-            x, low = args[0] if args else kwargs["input"], 0.0
-            if func is F.hardtanh:
-                low = args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)
-            return x.clamp(min=low)
-        return func(*args, **kwargs)
+
+def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    return (input.clamp_ if inplace else input.clamp)(min=min_val)
+
+
+#: relu6 and hardtanh, which saturate in a network of magnitudes, without their upper ends.
+UNCAPPED = {F.relu6: _relu6, F.hardtanh: _hardtanh}
 
 
 def synaptic_flow(task: Task, weights: Mapping[str, Tensor], batch: Any, out: Mapping[str, Tensor]) -> None:
@@ -130,8 +129,8 @@ def synaptic_flow(task: Task, weights: Mapping[str, Tensor], batch: Any, out: Ma
     weights' worth.
     """
     weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-    with Uncapped():
-        total = logits_of(task.outputs(weights, batch, torch.float64)).sum()
+    with Instead(UNCAPPED):
+        total = ones.total(task.outputs(weights, batch, torch.float64, labels=False))
     own = task.leaves(weights)
     for name, grad in derivative(total, own, "synflow").items():
         torch.mul(grad, own[name].detach(), out=out[name]).abs_()

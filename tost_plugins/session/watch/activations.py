@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from tost_plugins.errors import TostError
-from tost_plugins.training.functions import RELUS
+from tost_plugins.training.calling import call
+from tost_plugins.training.functions import RELUS, Instead
 from tost_plugins.training.params import clean_name, device_of, plain_modules, unwrap
-from tost_plugins.training.task import call, check_batches, to_device, untouched
+from tost_plugins.training.reading import reading
+from tost_plugins.training.task import untouched
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Mish, nn.GELU, nn.ELU, nn.Hardswish)
 
@@ -43,14 +46,11 @@ def activation_sparsity(
         >>> activation_sparsity(net, [(torch.tensor([[-1.0, 0.0, 1.0, 2.0]]), None)])
         [{'layer': '0', 'activation': 'ReLU', 'outputs': 4, 'zeros': 50.0}]
     """
-    check_batches(batches)
-    model, device = unwrap(model), device_of(unwrap(model))
+    model = unwrap(model)
     counter = _Counter(model, threshold)
-    with untouched(model, batches, train=False), torch.no_grad(), counter:
-        for number, batch in enumerate(batches):
-            if number == count:
-                break
-            forward(model, to_device(batch, device))
+    with reading(batches, device_of(model)) as found, untouched(model, train=False), torch.no_grad(), counter:
+        for batch in islice(found or (), count):
+            forward(model, batch)
     if not counter.counts:
         raise TostError(
             f"activation_sparsity: expected activations such as nn.ReLU or F.relu, got none in {type(model).__name__}; "
@@ -62,11 +62,11 @@ def activation_sparsity(
     ]
 
 
-class _Counter(TorchFunctionMode):
+class _Counter(Instead):
     """Counts what activation modules return, and what functional ones return outside of them."""
 
     def __init__(self, model: nn.Module, threshold: float) -> None:
-        super().__init__()
+        super().__init__({func: partial(self._call, func) for func in RELUS})
         self.model, self.threshold = model, threshold
         self.counts: dict[tuple[str, str], tuple[int, int]] = {}
         self.running: list[tuple[str, nn.Module]] = []
@@ -83,9 +83,9 @@ class _Counter(TorchFunctionMode):
         for handle in self.handles:
             handle.remove()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in RELUS and self.running and not isinstance(self.running[-1][1], ACTIVATIONS):
+    def _call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        if self.running and not isinstance(self.running[-1][1], ACTIVATIONS):
             self._count(self.running[-1][0] or type(self.model).__name__, func.__name__, out)
         return out
 

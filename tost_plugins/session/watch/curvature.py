@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tost_plugins.errors import TostError
+from tost_plugins.training.batches import size_of
+from tost_plugins.training.functions import backward_only
 from tost_plugins.training.optional import package
 from tost_plugins.training.params import unwrap
-from tost_plugins.training.task import Task, check_batches, labels_of, to_device, untouched
+from tost_plugins.training.task import Task, untouched
 
 
 def top_eigenvalues(
@@ -41,13 +43,12 @@ def top_eigenvalues(
 
 def _top(task: Task, mask: Mapping[str, Tensor] | None, count: int, tolerance: float) -> list[float]:
     sparse = package("scipy.sparse.linalg", "curvature", "tost_plugins[studies]")
-    check_batches(task.batches)
     kept = torch.cat([_whole(name, weight, mask).flatten() for name, weight in task.params.items()])
     size = int(kept.sum())
     if size < count + 2:
         raise TostError(f"curvature: expected at least {count + 2} weights, got {size}; ask for fewer eigenvalues")
     with untouched(task.model, task.batches, train=False):
-        every = [to_device(batch, task.device) for batch in task.batches or ()]
+        every = list(task.batches or ())
         inside = sparse.LinearOperator((size, size), matvec=lambda v: _product(task, every, kept, v), dtype="float32")
         start = np.random.default_rng(0).standard_normal(size).astype("float32")
         found = sparse.eigsh(inside, k=count, which="LA", tol=tolerance, v0=start, return_eigenvectors=False)
@@ -65,12 +66,12 @@ def _product(task: Task, batches: Sequence[Any], kept: Tensor, vector: Any) -> A
     total, samples = torch.zeros_like(direction), 0
     for batch in batches:
         weights = task.weights(torch.float32)
-        leaves, size = list(task.leaves(weights).values()), len(labels_of(batch))
-        gradients = torch.autograd.grad(
-            task.loss(task.outputs(weights, batch), batch), leaves, create_graph=True, materialize_grads=True
-        )
-        slope = torch.cat([gradient.flatten() for gradient in gradients]) @ direction
-        seconds = torch.autograd.grad(slope, leaves, materialize_grads=True)
+        leaves, size = list(task.leaves(weights).values()), size_of(batch)
+        loss = task.loss_at(weights, batch)
+        with backward_only("curvature"):
+            gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+            slope = torch.cat([gradient.flatten() for gradient in gradients]) @ direction
+            seconds = torch.autograd.grad(slope, leaves, materialize_grads=True)
         total += size * torch.cat([second.flatten() for second in seconds])
         samples += size
     return (total / samples)[kept].cpu().numpy()

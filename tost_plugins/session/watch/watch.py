@@ -18,8 +18,9 @@ from tost_plugins.session.watch.curvature import curvature
 from tost_plugins.session.watch.emergence import emergence
 from tost_plugins.session.watch.in_degree import in_degree
 from tost_plugins.training import ranks
+from tost_plugins.training.batches import to_device
 from tost_plugins.training.clock import Clock, Time, TimeField
-from tost_plugins.training.task import Task, to_device, untouched
+from tost_plugins.training.task import Task, untouched
 
 Row = dict[str, Any]
 Measure = Literal["in_degree", "emergence", "activation_sparsity", "curvature"]

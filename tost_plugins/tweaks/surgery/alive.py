@@ -24,7 +24,7 @@ def alive_channels(task: Task, mask: Mapping[str, Tensor], places: Sequence[Plac
     batches that can be read twice and that the network runs on, filters are looked at alone. Rank 0 decides for all.
     """
     found = [_has_weights(task, mask, conv) for conv, _ in places]
-    if task.batches is not None and iter(task.batches) is not task.batches:
+    if task.batches is not None:
         found = [own & varies for own, varies in zip(found, _varying(task, mask, places), strict=True)]
     shared = ranks.broadcast({str(i): alive for i, alive in enumerate(found)}, task.device)
     return list(shared.values())
@@ -50,12 +50,12 @@ def _varying(task: Task, mask: Mapping[str, Tensor], places: Sequence[Place]) ->
         return place.register_forward_pre_hook(lambda _, args: look(i, args[0]))
 
     with untouched(task.model, task.batches, train=True), torch.no_grad():
-        batch, weights = task.take(1, "ghost_skip")[0], task.weights()
+        weights = task.weights()
         for name, weight in task.leaves(weights).items():
             weight.mul_(mask[name].to(weight.device))
         handles = [watch(i, conv, place) for i, (conv, place) in enumerate(places)]
         try:
-            task.outputs(weights, batch)
+            task.outputs(weights, task.take(1, "ghost_skip")[0])
         except Exception as error:  # a trainer may take columns out of the batches that the network does not know
             say(
                 f"ghost_skip: the network does not run on the batches as they are ({type(error).__name__}: {error}), so dead "
