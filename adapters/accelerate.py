@@ -70,7 +70,7 @@ class TostHook:
                 f"{type(model).__name__}; call attach(model) first, then make the optimizer and prepare both"
             )
         self._session = Session(model, self.recipe, self._mask).attach(optimizer)
-        self._session.smoothing_remedy = "make the training loss with tost.criterion(loss_fn)"
+        self._session.smoothing.remedy = "make the training loss with tost.criterion(loss_fn)"
         self.accelerator.register_for_checkpointing(self)
         return model
 

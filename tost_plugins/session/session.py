@@ -22,14 +22,14 @@ from tost_plugins.masks.topk import revive
 from tost_plugins.session import averages, buffers, gradients, optimizing
 from tost_plugins.session.moving import Movement
 from tost_plugins.session.optimizer_hooks import drive
+from tost_plugins.session.smoothing import Smoothing
 from tost_plugins.session.zeros import Zeros
 from tost_plugins.training import sharding
 from tost_plugins.training.clock import Clock, times_of
 from tost_plugins.training.log import say
 from tost_plugins.training.params import clean_name, prunable, some, unwrap
 from tost_plugins.training.task import Task, call
-from tost_plugins.tweaks import LabelSmoothing, Tweak
-from tost_plugins.tweaks.label_smoothing import SmoothedLoss
+from tost_plugins.tweaks import Tweak
 
 
 class _Link:
@@ -93,8 +93,7 @@ class Session:
         self.left_out: list[str] = []
         self.clock = Clock()
         self.optimizer: Optimizer | None = None
-        self.smoothed = False  # whether the training loss has been smoothed since start
-        self.smoothing_remedy = "make the training loss with session.criterion(loss_fn)"
+        self.smoothing = Smoothing(self)
         self._mask: Mask | None = None
         self._masked: list[tuple[nn.Parameter, Tensor]] = []  # weights, and their masks in the weights' own dtype
         self._gradients: gradients.Following | None = None  # masks them as they come, while a loop goes on
@@ -199,8 +198,8 @@ class Session:
         or Inf, before any weight changes; `check_finite=False` is for loss scalers, which skip such a step themselves."""
         self._expect("before_step", "running", "finished")
         self._notice_loading()
-        if self.state == "running":
-            self._check_smoothing()
+        if self.state == "running" and not self._stepped:
+            self.smoothing.check()
         bad = optimizing.not_finite(self.model, self.optimizer) if check_finite and self.optimizer else []
         if bad:
             raise TostError(
@@ -229,7 +228,8 @@ class Session:
         else:
             self._zeros.watch(keeper)
         if self.state == "running":
-            self._check_smoothing()  # with a closure there is no moment before the step
+            if not self._stepped:
+                self.smoothing.check()  # with a closure there is no moment before the step
             self._stepped, self._gone_back = True, False
             self._tick(self.clock.step)
             self._look()
@@ -307,26 +307,13 @@ class Session:
         without an error the session finishes."""
         return drive(self, optimizer, batches, loss_fn, total_steps, steps_per_epoch)
 
-    def criterion(self, loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The training loss: `loss_fn(logits, labels)` with smoothed labels if the recipe smooths them and the model
-        is in training mode, else `loss_fn` as it is."""
-        tweak = self.smoothing
-        if tweak is None:
-            return loss_fn
-        return SmoothedLoss(loss_fn, tweak.alpha, self.smooths_now)
-
-    def smooths_now(self) -> bool:
-        """Whether the loss of the batch at hand is to be smoothed; asking marks the recipe's smoothing as in use."""
-        active = self.state == "running" and self.model.training
-        self.smoothed = self.smoothed or active
-        return active
+    def criterion(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The training loss: `loss_fn` with smoothed labels if the recipe smooths them and the model is in training mode,
+        a module then; else `loss_fn` itself. `loss_fn` may be any callable that returns a loss, also one that runs a model
+        which computes its own. Raises TostError for one that smooths labels itself, unless smoothing is optional."""
+        return self.smoothing.criterion(loss_fn)
 
     # ---- what it is
-
-    @property
-    def smoothing(self) -> LabelSmoothing | None:
-        """The recipe's label smoothing, if it has any."""
-        return next((tweak for tweak in self.tweaks if isinstance(tweak, LabelSmoothing)), None)
 
     @property
     def is_plain(self) -> bool:
@@ -636,18 +623,6 @@ class Session:
                     time.steps(clock)
                 except TostError as error:
                     raise error.at(f"{part.kind}.{name}") from None
-
-    def _check_smoothing(self) -> None:
-        if not self._stepped and self.smoothing is not None and not self.smoothed:
-            text = (
-                f"label_smoothing: expected a training loss that it can act on, got one that never came by; "
-                f"{self.smoothing_remedy}, or leave label_smoothing out of the tweaks"
-            )
-            if not self.smoothing.optional:
-                raise TostError(text)
-            say(text, logging.WARNING)
-            self.left_out.append("label_smoothing (the loss never came by)")
-            self.tweaks = [tweak for tweak in self.tweaks if tweak is not self.smoothing]
 
 
 def _loaded(model: nn.Module, _: Any) -> None:
