@@ -121,6 +121,14 @@ class TostCallback(TrainerCallback, ExportableState):
         trainer, clock = _caller(Trainer), Clock(state.global_step, state.max_steps, per_epoch)
         own = getattr(trainer, "compute_loss_func", None)
         session.start(kwargs["optimizer"], loader, clock=clock, **({} if own is None else _conventions(own)))
+        if args.ddp_static_graph and own is None and session.smoothing.tweak is not None:
+            session.smoothing.leave_out(
+                TostError(
+                    "TostCallback: label_smoothing: expected DDP whose loss may be another one than the model returns, got "
+                    "ddp_static_graph=True; set it to False, or leave label_smoothing out of the tweaks"
+                ),
+                "ddp_static_graph",
+            )
         self._shifts = getattr(trainer, "_loss_shifts_labels", False)
         self._unfollow()
         if trainer is not None and own is None:  # an own function is smoothed by `criterion`

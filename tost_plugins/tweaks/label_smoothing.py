@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -51,42 +52,22 @@ class Twins(TorchFunctionMode):
     def of(self, result: Any) -> Any:
         """The loss, or a tuple, list or dict with losses, with twins in the place of losses. Raises Inapplicable, which
         says what is wrong with "the loss", unless it is linear in cross entropies on class indices."""
-        tensors = [leaf for leaf in _leaves(result) if isinstance(leaf, Tensor)]
-        twins = [(tensor, twin) for tensor in tensors if (twin := self._twin(tensor)) is not None]
-        if not twins:
-            raise Inapplicable("has no cross entropy on class indices")
-        for tensor, twin in twins:
+        for twin in self._used(result) or ["has no cross entropy on class indices"]:
             if isinstance(twin, str):
                 raise Inapplicable(twin)
-            if (
-                tensor.requires_grad and not twin.requires_grad
-            ):  # torch.utils.checkpoint computes without gradients first
-                raise Inapplicable("computes its cross entropy in a checkpointed part")
         return self._swapped(result)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.cross_entropy or func is F.nll_loss:
-            out = func(*args, **kwargs)
-            self._pair(out, self._smoothed(func, {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}))
-            return out
-        used = (
-            [twin for leaf in _leaves((args, kwargs)) if (twin := self._twin(leaf)) is not None] if self.pairs else []
-        )
-        if not used:
+            given = {_ARGUMENTS[i]: value for i, value in enumerate(args)}  # dynamo takes every zip for a strict one
+            twin = self._smoothed(func, {**given, **kwargs})
+        elif used := self._used((args, kwargs)):
+            twin = self._followed(func, used, args, kwargs)
+        else:
             return func(*args, **kwargs)
-        reasons = [twin for twin in used if isinstance(twin, str)]
-        if not reasons and not self._linear(func.__name__.strip("_"), args, kwargs):
-            reasons = [f"is not linear in its cross entropy ({func.__name__.strip('_')})"]
-        if reasons:
-            out = func(*args, **kwargs)
-            self._pair(out, reasons[0])
-            return out
-        twins = self._swapped(args)
-        if func.__name__.endswith("_") and twins[0] is args[0]:  # `total += loss` with a total that was no loss before
-            twins = (args[0].clone(), *twins[1:])
         out = func(*args, **kwargs)
-        self._pair(out, func(*twins, **self._swapped(kwargs)))
+        self._pair(out, twin)
         return out
 
     def _smoothed(self, func: Callable[..., Tensor], given: dict[str, Any]) -> Tensor | str | None:
@@ -97,18 +78,33 @@ class Twins(TorchFunctionMode):
             return "has probabilities for labels, mixed or smoothed already"
         if given.get("label_smoothing"):
             return "smooths labels itself"
-        return F.cross_entropy(**{**given, "label_smoothing": self.alpha})
+        return _apart(F.cross_entropy, **{**given, "label_smoothing": self.alpha})
 
-    def _linear(self, name: str, args: Any, kwargs: Any) -> bool:
+    def _followed(self, func: Any, used: list[Tensor | str], args: Any, kwargs: dict[str, Any]) -> Any:
+        """The twin of what is made of tensors that have twins."""
+        for twin in used:
+            if isinstance(twin, str):
+                return twin
+        name = func.__name__.strip("_")
         operands = [self._twin(leaf) is not None for leaf in (*args, *kwargs.values())]
-        if name in _PRODUCTS:
-            return sum(operands) == 1
-        return name in _LINEAR and "out" not in kwargs and not (name in _QUOTIENTS and any(operands[1:]))
+        dependent = sum(operands) > 1 if name in _PRODUCTS else name in _QUOTIENTS and any(operands[1:])
+        if name not in _LINEAR or dependent or "out" in kwargs:
+            return f"is not linear in its cross entropy ({name})"
+        if func is Tensor.clone and not torch.is_grad_enabled():  # as DDP hands outputs on, in a function of its own
+            return used[0]
+        twins = self._swapped(args)
+        if func.__name__.endswith("_") and twins[0] is args[0]:  # `total += loss` with a total that was no loss before
+            twins = (args[0].clone(), *twins[1:])
+        return _apart(func, *twins, **self._swapped(kwargs))
+
+    def _used(self, tree: Any) -> list[Tensor | str]:
+        return [twin for leaf in _leaves(tree) if (twin := self._twin(leaf)) is not None] if self.pairs else []
 
     def _twin(self, tensor: Any) -> Tensor | str | None:
         for one, twin in reversed(self.pairs):
             if one is tensor:
-                return twin
+                same = isinstance(twin, str) or one.requires_grad == twin.requires_grad
+                return twin if same else "computes its cross entropy without gradients, as reentrant checkpoints do"
         return None
 
     def _pair(self, out: Any, twin: Any) -> None:
@@ -126,6 +122,20 @@ class Twins(TorchFunctionMode):
             return {key: self._swapped(part) for key, part in tree.items()}
         twin = self._twin(tree)
         return tree if twin is None else twin
+
+
+def _apart(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What is computed in a checkpointed part is not computed there again for the backward pass: it keeps its own tensors."""
+    if (
+        torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    ):  # which allow no hooks
+        return func(*args, **kwargs)
+    with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        return func(*args, **kwargs)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _leaves(tree: Any) -> list[Any]:
@@ -155,12 +165,9 @@ def check_hard(where: str, loss_fn: Any) -> None:
 def _own_smoothing(loss_fn: Any) -> Any:
     """What a loss smooths by: a keyword of a partial, or an attribute of a module or of one inside it."""
     if isinstance(loss_fn, functools.partial):
-        return (
-            loss_fn.keywords["label_smoothing"] or None
-            if "label_smoothing" in loss_fn.keywords
-            else _own_smoothing(loss_fn.func)
-        )
-    for part in loss_fn.modules() if isinstance(loss_fn, nn.Module) else ():
+        own = loss_fn.keywords.get("label_smoothing")
+        return _own_smoothing(loss_fn.func) if own is None else own or None
+    for part in loss_fn.modules() if isinstance(loss_fn, nn.Module) else (loss_fn,):
         if type(part).__name__ in ("SmoothedLoss", "SoftTargetCrossEntropy"):
             return type(part).__name__
         own = getattr(part, "label_smoothing", 0) or getattr(part, "smoothing", 0)
