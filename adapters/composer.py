@@ -182,7 +182,7 @@ class TostAlgorithm(Algorithm):
             _batches(state),
             clock=clock,
             forward=lambda call, batch: call(batch),
-            criterion=lambda outputs, batch: _total(model.loss(outputs, batch)),
+            criterion=lambda outputs, batch: _total(type(model).loss(model, outputs, batch)),  # with hard labels
         )
 
     def _fit(self, state: State, logger: Logger) -> None:

@@ -49,10 +49,8 @@ class TostCallback(TrainerCallback, ExportableState):
         self.recipe = Recipe.of(recipe, **overrides)
         self._session: Session | None = None
         self._plain_from = 0  # the step from which on the network is the plain one
-        self._shifts = (
-            False  # whether the Trainer counts labels but the first of each row, as causal language models do
-        )
-        self._unfollow: Callable[[], None] = lambda: None  # what ends the smoothing of the Trainer's loss
+        self._shifts = False  # whether the Trainer counts no first label of a row, as for causal language models
+        self._unfollow: list[Callable[[], None]] = []  # what ends the smoothing of the Trainer's loss
 
     @property
     def session(self) -> Session:
@@ -93,6 +91,18 @@ class TostCallback(TrainerCallback, ExportableState):
                 f"label_smoothing out of the tweaks"
             )
             session.smoothing.leave_out(twice, "the Trainer smooths labels itself")
+        own = getattr(_caller(Trainer), "compute_loss_func", None)
+        if (
+            session.smoothing.tweak is not None
+            and getattr(args, "ddp_static_graph", None)
+            and args.world_size > 1
+            and own is None
+        ):
+            bound = TostError(
+                "TostCallback: label_smoothing: expected DDP to let go of the loss that a model returns, got "
+                "ddp_static_graph=True; leave that out, or label_smoothing out of the tweaks"
+            )
+            session.smoothing.leave_out(bound, "ddp_static_graph")
         if args.n_gpu > 1:
             raise TostError(
                 f"TostCallback: expected one process per GPU, got one for {args.n_gpu} (DataParallel, whose copies share "
@@ -121,18 +131,9 @@ class TostCallback(TrainerCallback, ExportableState):
         trainer, clock = _caller(Trainer), Clock(state.global_step, state.max_steps, per_epoch)
         own = getattr(trainer, "compute_loss_func", None)
         session.start(kwargs["optimizer"], loader, clock=clock, **({} if own is None else _conventions(own)))
-        if args.ddp_static_graph and own is None and session.smoothing.tweak is not None:
-            session.smoothing.leave_out(
-                TostError(
-                    "TostCallback: label_smoothing: expected DDP whose loss may be another one than the model returns, got "
-                    "ddp_static_graph=True; set it to False, or leave label_smoothing out of the tweaks"
-                ),
-                "ddp_static_graph",
-            )
         self._shifts = getattr(trainer, "_loss_shifts_labels", False)
-        self._unfollow()
-        if trainer is not None and own is None:  # an own function is smoothed by `criterion`
-            self._unfollow = functools.partial(setattr, trainer, "compute_loss", trainer.compute_loss)
+        if trainer is not None and own is None and not self._unfollow:  # an own function is smoothed by `criterion`
+            self._unfollow = [functools.partial(setattr, trainer, "compute_loss", trainer.compute_loss)]
             trainer.compute_loss = functools.partial(session.smoothing.around, trainer.compute_loss)
         self._plain_from = _ends(session, session.recipe.mask, *session.tweaks) if session.state == "running" else 0
         if args.load_best_model_at_end and self._plain_from:
@@ -159,15 +160,21 @@ class TostCallback(TrainerCallback, ExportableState):
         if self.session.state == "running":
             self.session.finish()
         self.session.release()
-        self._unfollow()
+        while self._unfollow:
+            self._unfollow.pop()()
 
 
 def _conventions(own: Callable[..., Tensor]) -> dict[str, Any]:
-    """How the Trainer comes to a loss with a `compute_loss_func`: the network is not given the labels."""
+    """How the Trainer comes to a loss with a `compute_loss_func`, ours or another: the network is not given the labels."""
+
+    def forward(call: Callable[..., Any], batch: Any) -> Any:
+        return call(**{key: value for key, value in batch.items() if key != "labels"})
+
+    if hasattr(own, "loss_fn"):
+        return {"forward": forward, "loss_fn": own.loss_fn}  # type: ignore[attr-defined]
     return {
-        "forward": lambda call, batch: call(**{key: value for key, value in batch.items() if key != "labels"}),
+        "forward": forward,
         "criterion": lambda outputs, batch: own(outputs, batch.get("labels"), num_items_in_batch=None),
-        "loss_fn": getattr(own, "loss_fn", None),  # for what changes logits before the loss
     }
 
 

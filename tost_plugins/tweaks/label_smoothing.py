@@ -148,7 +148,7 @@ def _leaves(tree: Any) -> list[Any]:
 
 def _is_log_softmax(scores: Tensor) -> bool:
     """Whether log_softmax over the second dimension, the classes, made them; a negative one is saved as unsigned."""
-    made = scores.grad_fn
+    made: Any = scores.grad_fn
     return made is not None and made.name() == "LogSoftmaxBackward0" and made._saved_dim in (1, 2**64 + 1 - scores.ndim)
 
 
