@@ -63,6 +63,7 @@ LINEAR: dict[str, tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, Tensor
     "in place": (added, samples),
     "mixup": (lambda ce, x, y: 0.3 * ce(x, y) + (1 - 0.3) * ce(x, y.flip(0)), samples),
     "minus, over a number": (lambda ce, x, y: -(2 - ce(x, y)) / x.detach().norm(), samples),
+    "learned, beside it": (lambda ce, x, y: ce(x, y) + x.square().mean() / x.exp().sum(), samples),
     "no batch": (lambda ce, x, y: ce(x[0], y[0]), samples),
 }  # fmt: skip
 
@@ -106,6 +107,11 @@ def focal(x: Tensor, y: Tensor, detached: bool = False) -> Tensor:
     return ((1 - certain) ** 2 * each).mean()
 
 
+def focal_by_softmax(x: Tensor, y: Tensor) -> Tensor:
+    certain = x.softmax(1).gather(1, y[:, None])[:, 0]
+    return ((1 - certain) * F.cross_entropy(x, y, reduction="none")).mean()
+
+
 def hard_examples(x: Tensor, y: Tensor) -> Tensor:
     each = F.cross_entropy(x, y, reduction="none")
     return each[each > each.mean()].mean()
@@ -123,6 +129,8 @@ def soft_and_hard(x: Tensor, y: Tensor) -> Tensor:
 OTHERS: dict[str, tuple[Loss, str]] = {
     "focal": (focal, r"is not linear in its cross entropy \(exp\)"),
     "focal, detached": (functools.partial(focal, detached=True), r"not linear in its cross entropy \(exp\)"),
+    "focal, by softmax": (focal_by_softmax, r"not linear in its cross entropy \(mul\)"),
+    "learned temperature": (lambda x, y: F.cross_entropy(x, y) / x.square().mean(), r"cross entropy \(div\)"),
     "square": (lambda x, y: F.cross_entropy(x, y) * F.cross_entropy(x, y), r"not linear in its cross entropy \(mul\)"),
     "inverse": (lambda x, y: 1 / F.cross_entropy(x, y), "not linear in its cross entropy"),
     "relative": (relative, r"not linear in its cross entropy \(div\)"),

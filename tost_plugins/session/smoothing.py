@@ -21,7 +21,7 @@ class Smoothing:
         self.session = session
         self.seen = False  # whether a training loss has been smoothed since start
         self.remedy = "make the training loss with session.criterion(loss_fn)"
-        self._twins: Twins | None = None  # what a forward pass has made, of which the loss is still to come
+        self._twins: Twins | None = None  # what the last forward pass has made, where it is followed
         self._within = False  # whether a loss is being computed
 
     def __reduce__(self) -> tuple:
@@ -49,7 +49,7 @@ class Smoothing:
         tweak = self._now()
         if tweak is None:
             return compute(*args, **kwargs)
-        twins, self._twins, self._within = self._twins or Twins(tweak.alpha), None, True
+        twins, self._within = self._twins or Twins(tweak.alpha), True
         try:
             with twins:
                 result = compute(*args, **kwargs)

@@ -86,9 +86,12 @@ class Twins(TorchFunctionMode):
             if isinstance(twin, str):
                 return twin
         name = func.__name__.strip("_")
-        operands = [self._twin(leaf) is not None for leaf in (*args, *kwargs.values())]
-        dependent = sum(operands) > 1 if name in _PRODUCTS else name in _QUOTIENTS and any(operands[1:])
-        if name not in _LINEAR or dependent or "out" in kwargs:
+        # what trains, or is itself made of cross entropy, may be added to it; as a factor it makes another loss
+        varies = [
+            isinstance(x, Tensor) and (x.requires_grad or self._twin(x) is not None) for x in (*args, *kwargs.values())
+        ]
+        other = sum(varies) > 1 if name in _PRODUCTS else name in _QUOTIENTS and any(varies[1:])
+        if name not in _LINEAR or other or "out" in kwargs:
             return f"is not linear in its cross entropy ({name})"
         if func is Tensor.clone and not torch.is_grad_enabled():  # as DDP hands outputs on, in a function of its own
             return used[0]
