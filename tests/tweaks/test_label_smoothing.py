@@ -251,6 +251,17 @@ def test_compiled_code_is_followed_in_one_graph(place: str) -> None:
     assert graphs[0] == graphs[-1]
 
 
+def test_compiled_code_with_another_loss_stays_as_it_is() -> None:
+    x, y = torch.randn(6, CLASSES, requires_grad=True), torch.tensor([0, 4, 2, 1, 3, 3])
+    torch._dynamo.reset()
+    compiled, twins = torch.compile(focal, backend="eager", fullgraph=True), Twins(0.1)
+    with twins:
+        found = compiled(x, y)
+    torch.testing.assert_close(found, focal(x, y))
+    with pytest.raises(Inapplicable, match="not linear in its cross entropy"):
+        twins.of(found)
+
+
 class Inside(nn.Module):
     def __init__(self, loss_fn: nn.Module) -> None:
         super().__init__()

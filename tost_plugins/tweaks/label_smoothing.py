@@ -18,16 +18,25 @@ from tost_plugins.tweaks.base import STRICT, Tweak
 
 #: What torch's cross_entropy takes, in order; nll_loss takes the same but for the last.
 _ARGUMENTS = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
-#: Functions of torch that are linear in a tensor, without the underscores around their names. `detach` is one of its value:
-#: what is multiplied by the result is still seen to depend on it.
-_LINEAR = {
-    "add", "sub", "rsub", "mul", "multiply", "div", "divide", "true_divide", "dot", "neg", "sum", "mean", "where",
-    "masked_fill", "stack", "cat", "concat", "view", "view_as", "reshape", "flatten", "unflatten", "squeeze",
-    "unsqueeze", "expand", "expand_as", "permute", "transpose", "movedim", "contiguous", "clone", "getitem",
-    "select", "narrow", "index_select", "masked_select", "gather", "take", "unbind", "split", "chunk", "to", "type",
-    "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "detach", "requires_grad",
-}  # fmt: skip
-_PRODUCTS, _QUOTIENTS = {"mul", "multiply", "dot"}, {"div", "divide", "true_divide"}
+_IN_PLACE = ("{}_", "__i{}__")
+
+
+def _functions(names: str, *forms: str) -> dict[Callable[..., Any], None]:
+    """The functions and methods of torch by these names: compiled code finds one in a dict, but cannot read its name."""
+    named = [form.format(name) for name in names.split() for form in forms]
+    found = [getattr(owner, name, None) for owner in (torch, Tensor) for name in named]
+    return {function: None for function in found if callable(function)}
+
+
+_FACTORS, _DIVISORS = "mul multiply dot", "div divide true_divide truediv"
+_OTHERS = """add sub neg sum mean where masked_fill stack cat concat view view_as reshape flatten unflatten squeeze unsqueeze
+    expand expand_as permute transpose movedim contiguous clone getitem select narrow index_select masked_select gather take
+    unbind split chunk to type type_as float double half bfloat16 cpu cuda requires_grad detach"""
+_PRODUCTS = _functions(_FACTORS, "{}", "__{}__", "__r{}__", *_IN_PLACE)
+_QUOTIENTS = _functions(_DIVISORS, "{}", "__{}__", *_IN_PLACE)
+#: What is linear in a tensor that it is given. `detach` is: who multiplies by the result is seen to depend on the tensor.
+_LINEAR = _functions(_OTHERS, "{}", "__{}__", "__r{}__", *_IN_PLACE) | _PRODUCTS | _QUOTIENTS
+_CHANGING = _functions(f"{_FACTORS} {_DIVISORS} {_OTHERS}", *_IN_PLACE)
 
 
 class Twins(TorchFunctionMode):
@@ -47,7 +56,7 @@ class Twins(TorchFunctionMode):
     def __init__(self, alpha: float) -> None:
         super().__init__()
         self.alpha = alpha
-        self.pairs: list[tuple[Tensor, Tensor | str]] = []  # a tensor, and its twin or why it has none
+        self.pairs: list[tuple[Tensor, Any]] = []  # a tensor, and its twin or why it has none
 
     def of(self, result: Any) -> Any:
         """The loss, or a tuple, list or dict with losses, with twins in the place of losses. Raises Inapplicable, which
@@ -55,6 +64,8 @@ class Twins(TorchFunctionMode):
         for twin in self._used(result) or ["has no cross entropy on class indices"]:
             if isinstance(twin, str):
                 raise Inapplicable(twin)
+            if not isinstance(twin, Tensor):
+                raise Inapplicable(f"is not linear in its cross entropy ({twin.__name__.strip('_')})")
         return self._swapped(result)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,33 +91,33 @@ class Twins(TorchFunctionMode):
             return "smooths labels itself"
         return _apart(F.cross_entropy, **{**given, "label_smoothing": self.alpha})
 
-    def _followed(self, func: Any, used: list[Tensor | str], args: Any, kwargs: dict[str, Any]) -> Any:
-        """The twin of what is made of tensors that have twins."""
+    def _followed(self, func: Any, used: list[Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """The twin of what is made of tensors that have twins; the function, if it is none that can be followed."""
         for twin in used:
-            if isinstance(twin, str):
+            if not isinstance(twin, Tensor):
                 return twin
-        name = func.__name__.strip("_")
         # what trains, or is itself made of cross entropy, may be added to it; as a factor it makes another loss
         varies = [
             isinstance(x, Tensor) and (x.requires_grad or self._twin(x) is not None) for x in (*args, *kwargs.values())
         ]
-        other = sum(varies) > 1 if name in _PRODUCTS else name in _QUOTIENTS and any(varies[1:])
-        if name not in _LINEAR or other or "out" in kwargs:
-            return f"is not linear in its cross entropy ({name})"
+        other = sum(varies) > 1 if func in _PRODUCTS else func in _QUOTIENTS and any(varies[1:])
+        if func not in _LINEAR or other or "out" in kwargs:
+            return func
         if func is Tensor.clone and not torch.is_grad_enabled():  # as DDP hands outputs on, in a function of its own
             return used[0]
         twins = self._swapped(args)
-        if func.__name__.endswith("_") and twins[0] is args[0]:  # `total += loss` with a total that was no loss before
+        if func in _CHANGING and twins[0] is args[0]:  # `total += loss` with a total that was no loss before
             twins = (args[0].clone(), *twins[1:])
         return _apart(func, *twins, **self._swapped(kwargs))
 
-    def _used(self, tree: Any) -> list[Tensor | str]:
+    def _used(self, tree: Any) -> list[Any]:
         return [twin for leaf in _leaves(tree) if (twin := self._twin(leaf)) is not None] if self.pairs else []
 
-    def _twin(self, tensor: Any) -> Tensor | str | None:
+    def _twin(self, tensor: Any) -> Any:
+        """A tensor's twin, or the reason or the function for which it has none; None for any other tensor."""
         for one, twin in reversed(self.pairs):
             if one is tensor:
-                same = isinstance(twin, str) or one.requires_grad == twin.requires_grad
+                same = not isinstance(twin, Tensor) or one.requires_grad == twin.requires_grad
                 return twin if same else "computes its cross entropy without gradients, as reentrant checkpoints do"
         return None
 
@@ -116,7 +127,7 @@ class Twins(TorchFunctionMode):
                 self.pairs.append((out, twin))
         elif isinstance(out, (tuple, list)):
             for i, part in enumerate(out):
-                self._pair(part, twin if isinstance(twin, str) else twin[i])
+                self._pair(part, twin[i] if isinstance(twin, (tuple, list)) else twin)
 
     def _swapped(self, tree: Any) -> Any:
         if type(tree) in (tuple, list):
