@@ -78,9 +78,8 @@ class TostHook:
             )
         self._session = Session(model, self.recipe, self._mask).attach(optimizer)
         self._session.smoothing.remedy = "make the training loss with tost.criterion(loss_fn)"
-        registered = (
-            self.accelerator._custom_objects
-        )  # one run at a time: an earlier one, now over, is not saved with ours
+        # one run at a time: an earlier one, now over, is not saved with ours
+        registered = self.accelerator._custom_objects
         registered[:] = [other for other in registered if not (isinstance(other, TostHook) and other.is_over)]
         self.accelerator.register_for_checkpointing(self)
         return model

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import composer.algorithms
 from composer import Trainer
 from composer.core import Algorithm, DataSpec, Event, Precision, State, TimeUnit
 from composer.loggers import Logger
-from composer.loss import soft_cross_entropy
 from composer.utils import ensure_tuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,10 +20,9 @@ from tost_plugins.masks.base import Moving
 from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe.recipe import Recipe
 from tost_plugins.session.session import Session, session_of
-from tost_plugins.training.calling import labels_of, logits_of
 from tost_plugins.training.clock import Clock, times_of
 from tost_plugins.training.params import unwrap
-from tost_plugins.tweaks.label_smoothing import check_hard, smooth, smoothed_loss
+from tost_plugins.tweaks.label_smoothing import check_hard
 
 
 def apply_tost(
@@ -75,7 +74,7 @@ class TostAlgorithm(Algorithm):
         self._asked = {"recipe": recipe, **overrides}
         self._take(Recipe.of(recipe, **{k: v for k, v in overrides.items() if not isinstance(v, Mask)}))
         self._session: Session | None = None
-        self._labels: tuple[Tensor, Tensor] | None = None  # those of the batch at hand, hard and soft
+        self._unfollow: list[Callable[[], None]] = []  # what ends the smoothing of the model's loss
         self._added = True  # whether Composer added us for a checkpoint's sake
 
     @property
@@ -137,15 +136,29 @@ class TostAlgorithm(Algorithm):
                 f"TostAlgorithm: mask {self.recipe.mask.kind}: expected to be in front of what averages the weights, got "
                 f"{averages[0]} in front, which would average hidden weights too; write [TostAlgorithm(...), {averages[0]}(...)]"
             )
-        if any(tweak.kind == "label_smoothing" for tweak in self.recipe.tweaks):
-            check_hard("TostAlgorithm: label_smoothing", getattr(model, "_loss_fn", None))
-            if composer.algorithms.LabelSmoothing in others:
-                raise TostError(
-                    "TostAlgorithm: label_smoothing: expected to be the only one, got Composer's LabelSmoothing as "
-                    "well; remove it, or leave label_smoothing out of the tweaks"
-                )
+        twice = self._smoothed_twice(model, others)
+        if twice is not None and not all(
+            tweak.optional for tweak in self.recipe.tweaks if tweak.kind == "label_smoothing"
+        ):
+            raise twice
         self._session, self._added = apply_tost(model, optimizers=state.optimizers, **self._asked), True
         self._take(self._session.recipe)
+        if twice is not None and self._session.smoothing.tweak is not None:
+            self._session.smoothing.leave_out(twice, "something else smooths labels")
+
+    def _smoothed_twice(self, model: Any, others: list[type]) -> TostError | None:
+        if not any(tweak.kind == "label_smoothing" for tweak in self.recipe.tweaks):
+            return None
+        if composer.algorithms.LabelSmoothing in others:
+            return TostError(
+                "TostAlgorithm: label_smoothing: expected to be the only one, got Composer's LabelSmoothing as "
+                "well; remove it, or leave label_smoothing out of the tweaks"
+            )
+        try:
+            check_hard("TostAlgorithm: label_smoothing", getattr(model, "_loss_fn", None))
+        except TostError as error:
+            return error
+        return None
 
     def _loaded(self, state: State, logger: Logger) -> None:
         """Start at once where the run is known or goes on; finish what is over already."""
@@ -168,29 +181,19 @@ class TostAlgorithm(Algorithm):
             _batches(state),
             clock=clock,
             forward=lambda call, batch: call(batch),
-            criterion=lambda outputs, batch: _total(model.loss(outputs, batch)),
+            criterion=lambda outputs, batch: _total(type(model).loss(model, outputs, batch)),  # with hard labels
         )
 
-    def _smooth_labels(self, state: State, logger: Logger) -> None:
-        """Swap the labels where the loss is computed from them after the forward pass."""
-        tweak, model = self.session.smoothing.tweak, unwrap(state.model)
-        if tweak is None or not isinstance(state.outputs, Tensor):
-            return
-        hard = labels_of(state.batch)
-        if getattr(model, "_loss_fn", None) is soft_cross_entropy and not hard.is_floating_point():
-            return  # it warns of probabilities that add up to 0.9999999; its value is smoothed instead, below
-        if self.session.smoothing.now():
-            self._labels = hard, smooth(hard, state.outputs.shape[1], tweak.alpha, state.outputs.dtype)
-            state.batch = _swapped(state.batch, *self._labels)
-
-    def _restore_labels(self, state: State, logger: Logger) -> None:
-        """Give metrics hard labels; where they were not swapped, smooth the loss that came out."""
-        tweak = self.session.smoothing.tweak
-        if self._labels is not None:
-            (hard, soft), self._labels = self._labels, None
-            state.batch = _swapped(state.batch, soft, hard)
-        elif tweak is not None and isinstance(state.loss, Tensor) and self.session.smoothing.now():
-            state.loss = smoothed_loss(state.loss, logits_of(state.outputs), labels_of(state.batch), tweak.alpha)
+    def _fit(self, state: State, logger: Logger) -> None:
+        self._start(state, logger, _clock(state, self.session))
+        smoothing, model = self.session.smoothing, unwrap(state.model)
+        if self.session.state == "running" and not self._unfollow:
+            self._unfollow = [
+                state.model.register_forward_pre_hook(smoothing.before_forward).remove,
+                state.model.register_forward_hook(smoothing.after_forward, always_call=True).remove,
+                functools.partial(vars(model).pop, "loss", None),
+            ]
+            model.loss = functools.partial(smoothing.around, model.loss)  # type: ignore[operator, assignment]
 
     def _count(self, state: State, logger: Logger) -> None:
         self.session.after_step(int(state.timestamp.batch))
@@ -201,6 +204,8 @@ class TostAlgorithm(Algorithm):
             self.session.after_step(int(state.timestamp.batch))  # EMA may have put an averaged clock into the model
             self.session.finish()
         self.session.release()
+        while self._unfollow:
+            self._unfollow.pop()()
         for optimizer in state.optimizers:  # SAM keeps a state beside the inner optimizer's, also of ghosts now gone
             live = {param for group in optimizer.param_groups for param in group["params"]}
             for param in optimizer.state.keys() - live:
@@ -211,9 +216,7 @@ _TABLE = {
     Event.INIT: TostAlgorithm._attach,
     Event.BEFORE_LOAD: lambda self, state, logger: setattr(self, "_added", False),  # who is added sees no such event
     Event.AFTER_LOAD: TostAlgorithm._loaded,
-    Event.FIT_START: lambda self, state, logger: self._start(state, logger, _clock(state, self.session)),
-    Event.BEFORE_LOSS: TostAlgorithm._smooth_labels,
-    Event.AFTER_LOSS: TostAlgorithm._restore_labels,
+    Event.FIT_START: TostAlgorithm._fit,
     Event.AFTER_TRAIN_BATCH: lambda self, state, logger: self.session.before_step(
         check_finite=state.precision != Precision.AMP_FP16  # there Composer's loss scaler skips such steps
     ),
@@ -244,13 +247,6 @@ def _batches(state: State) -> Any:
     spec = frame and frame.f_locals["self"]._train_data_spec
     plain = spec is None or spec._default_transforms == spec.batch_transforms == spec.microbatch_transforms
     return state.dataloader if plain else _Batches(spec, state.device)
-
-
-def _swapped(batch: Any, old: Tensor, new: Tensor) -> Any:
-    if not isinstance(batch, (tuple, list)):
-        return {**batch, **{key: new for key, value in batch.items() if value is old}}
-    items = [new if item is old else item for item in batch]
-    return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
 
 
 def _total(loss: Any) -> Tensor:

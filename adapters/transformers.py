@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from tost_plugins.errors import TostError
@@ -22,29 +22,9 @@ from tost_plugins.training.batches import length
 from tost_plugins.training.calling import call, logits_of
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
-from tost_plugins.tweaks.label_smoothing import smoothed_loss
-from tost_plugins.tweaks.surgery.swap import restore, swap
+from tost_plugins.tweaks.label_smoothing import check_hard
 
 _WHERE = "Trainer(model=model, callbacks=[TostCallback(...)])"
-
-
-class SmoothsOwnLoss:
-    """Mixin for a classifier that returns its loss: the training loss gets smoothed labels."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = super().forward(*args, **kwargs)  # type: ignore[misc]
-        session, labels = session_of(self), kwargs.get("labels")  # type: ignore[arg-type]
-        loss, logits = _loss_and_logits(outputs)
-        own = isinstance(loss, Tensor) and isinstance(logits, Tensor) and (loss.ndim, logits.ndim) == (0, 2)
-        hard = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
-        if session is None or session.smoothing.tweak is None or not (own and hard) or not session.smoothing.now():
-            return outputs
-        scale = _scale(loss, logits, labels, kwargs.get("num_items_in_batch"))
-        loss = smoothed_loss(loss, logits, labels, session.smoothing.tweak.alpha, scale)
-        if isinstance(outputs, tuple):
-            return (loss, *outputs[1:])
-        outputs["loss"] = loss
-        return outputs
 
 
 class TostCallback(TrainerCallback, ExportableState):
@@ -55,7 +35,7 @@ class TostCallback(TrainerCallback, ExportableState):
     a dict or a Mask), `sparsity`, `tweaks` and `seed`. Masks and initialisations that look at data use the loss that the
     model returns; `forward(model, batch)` and `criterion(outputs, batch)` say how else it is called, and what else its loss is.
 
-    Label smoothing acts on the loss that the model returns; with an own loss pass
+    Label smoothing acts on the loss that the model returns or an overridden `compute_loss` computes; with an own loss pass
     `compute_loss_func=callback.criterion(loss_fn)`. `load_best_model_at_end` chooses among the checkpoints from the
     moment on when all ghosts and soft activations have ended: an earlier one is another network than the finished one.
     A second `train()` keeps the mask, without tweaks if the first came to its end. Raises TostError for what cannot
@@ -79,6 +59,8 @@ class TostCallback(TrainerCallback, ExportableState):
         self.recipe = Recipe.of(recipe, **overrides)
         self._session: Session | None = None
         self._plain_from = 0  # the step from which on the network is the plain one
+        self._shifts = False  # whether the Trainer counts no first label of a row, as for causal language models
+        self._unfollow: list[Callable[[], None]] = []  # what ends the smoothing of the Trainer's loss
 
     @property
     def session(self) -> Session:
@@ -88,13 +70,20 @@ class TostCallback(TrainerCallback, ExportableState):
         return self._session
 
     def criterion(self, loss_fn: Callable[..., Tensor] = F.cross_entropy) -> Callable[..., Tensor]:
-        """A `compute_loss_func` for the Trainer: `loss_fn(logits, labels)`, a mean over samples, with smoothed labels
-        in training, scaled for gradient accumulation as the Trainer expects."""
+        """A `compute_loss_func` for the Trainer: `loss_fn(logits, labels)`, a mean over the labels that count (those that are
+        not -100), with smoothed labels in training, scaled for gradient accumulation as the Trainer expects. Masks and
+        initialisations that look at the loss look at this one."""
+        if any(tweak.kind == "label_smoothing" and not tweak.optional for tweak in self.recipe.tweaks):
+            check_hard("TostCallback.criterion: label_smoothing", loss_fn)
 
         def compute_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
             loss = self.session.criterion(loss_fn)(logits_of(outputs), labels)
-            return loss if num_items_in_batch is None else loss * (labels.shape[0] / num_items_in_batch)
+            if num_items_in_batch is None:
+                return loss
+            counted = labels[..., 1:] if self._shifts else labels
+            return loss * ((counted != -100).sum() / num_items_in_batch)
 
+        compute_loss.loss_fn = loss_fn  # type: ignore[attr-defined]
         return compute_loss
 
     def state(self) -> dict[str, Any]:
@@ -104,12 +93,26 @@ class TostCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         _come_first(self)
         session = Session(model, self.recipe, self._mask)
+        session.smoothing.remedy = "pass compute_loss_func=callback.criterion(loss_fn) to the Trainer"
         if session.smoothing.tweak is not None and args.label_smoothing_factor:
-            raise TostError(
+            twice = TostError(
                 f"TostCallback: label_smoothing: expected to be the only one, got "
                 f"label_smoothing_factor={args.label_smoothing_factor}; set it to 0, or leave "
                 f"label_smoothing out of the tweaks"
             )
+            session.smoothing.leave_out(twice, "the Trainer smooths labels itself")
+        own = getattr(_caller(Trainer), "compute_loss_func", None)
+        if (
+            session.smoothing.tweak is not None
+            and getattr(args, "ddp_static_graph", None)
+            and args.world_size > 1
+            and own is None
+        ):
+            bound = TostError(
+                "TostCallback: label_smoothing: expected DDP to let go of the loss that a model returns, got "
+                "ddp_static_graph=True; leave that out, or label_smoothing out of the tweaks"
+            )
+            session.smoothing.leave_out(bound, "ddp_static_graph")
         if args.n_gpu > 1:
             raise TostError(
                 f"TostCallback: expected one process per GPU, got one for {args.n_gpu} (DataParallel, whose copies share "
@@ -117,9 +120,6 @@ class TostCallback(TrainerCallback, ExportableState):
             )
         _check_kind(args)
         self._session = session.attach(kwargs.get("optimizer"))
-        session.smoothing.remedy = "pass compute_loss_func=callback.criterion(loss_fn) to the Trainer"
-        if session.smoothing.tweak is not None:
-            swap(model, SmoothsOwnLoss)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         _come_first(self)
@@ -139,8 +139,15 @@ class TostCallback(TrainerCallback, ExportableState):
         loader = kwargs["train_dataloader"]
         batches = length(loader)
         per_epoch = None if batches is None else math.ceil(batches / args.gradient_accumulation_steps)
-        clock = Clock(state.global_step, state.max_steps, per_epoch)
-        session.start(kwargs["optimizer"], loader, clock=clock, forward=self._forward, criterion=self._criterion)
+        trainer, clock = _caller(Trainer), Clock(state.global_step, state.max_steps, per_epoch)
+        own = getattr(trainer, "compute_loss_func", None)
+        how = {"forward": self._forward, "criterion": self._criterion}
+        given = self._criterion is not None or self._forward is not call
+        session.start(kwargs["optimizer"], loader, clock=clock, **(how if given or own is None else _conventions(own)))
+        self._shifts = getattr(trainer, "_loss_shifts_labels", False)
+        if trainer is not None and own is None and not self._unfollow:  # an own function is smoothed by `criterion`
+            self._unfollow = [functools.partial(setattr, trainer, "compute_loss", trainer.compute_loss)]
+            trainer.compute_loss = functools.partial(session.smoothing.around, trainer.compute_loss)
         self._plain_from = _ends(session, session.recipe.mask, *session.tweaks) if session.state == "running" else 0
         if args.load_best_model_at_end and self._plain_from:
             say(f"load_best_model_at_end: the best from step {self._plain_from} on, where the network is the plain one")
@@ -165,24 +172,23 @@ class TostCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         if self.session.state == "running":
             self.session.finish()
-            restore(self.session.model, SmoothsOwnLoss)
         self.session.release()
+        while self._unfollow:
+            self._unfollow.pop()()
 
 
-def _loss_and_logits(outputs: Any) -> tuple[Any, Any]:
-    """The two by name or, as the Trainer reads tuples, by place."""
-    if isinstance(outputs, dict):
-        return outputs.get("loss"), outputs.get("logits")
-    return outputs[:2] if isinstance(outputs, tuple) and len(outputs) > 1 else (None, None)
+def _conventions(own: Callable[..., Tensor]) -> dict[str, Any]:
+    """How the Trainer comes to a loss with a `compute_loss_func`, ours or another: the network is not given the labels."""
 
+    def forward(call: Callable[..., Any], batch: Any) -> Any:
+        return call(**{key: value for key, value in batch.items() if key != "labels"})
 
-def _scale(loss: Tensor, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor | float:
-    """What the mean over samples is multiplied by in `loss`: some models divide the sum by `num_items_in_batch`, others
-    are given it and take the mean all the same."""
-    if items is None:
-        return 1.0
-    mean, share = F.cross_entropy(logits.detach().float(), labels), labels.numel() / torch.as_tensor(items)
-    return torch.where((loss - mean * share).abs() < (loss - mean).abs(), share, 1.0)
+    if hasattr(own, "loss_fn"):
+        return {"forward": forward, "loss_fn": own.loss_fn}  # type: ignore[attr-defined]
+    return {
+        "forward": forward,
+        "criterion": lambda outputs, batch: own(outputs, batch.get("labels"), num_items_in_batch=None),
+    }
 
 
 def _ends(session: Session, *parts: Any) -> int:
@@ -222,14 +228,18 @@ def _check_kind(args: Any) -> None:
 
 def _come_first(callback: TostCallback) -> None:
     """Move a callback to the front, so that what it adds in on_log reaches TensorBoard and the like; raises TostError
-    if there is another. A callback is not given its Trainer, but the frame that calls it has the handler; without
-    one, the metrics reach `log_history` and the callbacks behind us."""
-    frame: Any = sys._getframe(1)
-    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
-        frame = frame.f_back
-    handler = frame and frame.f_locals["self"]
+    if there is another. Without a handler the metrics reach `log_history` and the callbacks behind us."""
+    handler = _caller(CallbackHandler)
     if handler is None:
         return
     if sum(isinstance(other, TostCallback) for other in handler.callbacks) > 1:
         raise TostError("TostCallback: expected one, got several; give the Trainer one whose recipe holds all tweaks")
     handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
+
+
+def _caller(kind: type) -> Any:
+    """A callback is not given its Trainer or their handler, but they have called it: the nearest that has, if any."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
+        frame = frame.f_back
+    return frame and frame.f_locals["self"]

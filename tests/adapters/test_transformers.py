@@ -27,9 +27,8 @@ from transformers import (
 )
 
 from tost_plugins import Mask, Session, TostCallback, TostError
-from tost_plugins.adapters.transformers import SmoothsOwnLoss
 from tost_plugins.training.params import prunable
-from tost_plugins.tweaks.surgery.swap import mixins_of, swap
+from tost_plugins.tweaks.surgery.swap import mixins_of
 
 RANK = Path(__file__).resolve().parent.parent / "ranks" / "transformers_ddp.py"
 STEPS = 10  # of one whole run: 2.5 epochs of 4 batches
@@ -299,7 +298,7 @@ def test_under_wrappers_the_finished_model_works(tmp_path: Path, setting: dict[s
     callback = TostCallback(RECIPE)
     trainer = make(tmp_path, [callback], max_steps=4, **setting)
     trainer.train()
-    assert callback.session.smoothed and outside(trainer.model, callback.session.mask) == 0
+    assert callback.session.smoothing.seen and outside(trainer.model, callback.session.mask) == 0
     assert list(trainer.model.state_dict()) == list(Net().state_dict()) and type(trainer.model) is Net
     found = trainer.predict(samples()[:8]).predictions
     plain = Net(1)
@@ -320,20 +319,19 @@ def test_a_models_own_loss_is_smoothed_in_training_only(kind: type[Net], share: 
     model.dropout.p = 0.0
     session = Session(model, {**RECIPE, "mask": {"kind": "random", "sparsity": 0.5}, "tweaks": RECIPE["tweaks"][-1:]})
     session.attach()
-    swap(model, SmoothsOwnLoss)
     session.start(torch.optim.SGD(model.parameters(), lr=0.1), total_steps=1)
     images, labels = torch.randn(6, 3, 8, 8), torch.arange(6) % 4
     items = None if share is None else torch.tensor(6 / share)
     given = {} if items is None or kind in (Net, Tuples) else {"num_items_in_batch": items}
 
     def loss_and_logits() -> tuple[Tensor, Tensor]:
-        outputs = model(pixel_values=images, labels=labels, **given)
+        outputs = session.smoothing.around(model, pixel_values=images, labels=labels, **given)
         return (outputs["loss"], outputs["logits"]) if isinstance(outputs, dict) else outputs
 
     factor = share if share is not None and kind is Divides else 1.0
     loss, logits = loss_and_logits()
     smooth = F.cross_entropy(logits, labels, label_smoothing=0.2)
-    assert torch.allclose(loss, factor * smooth) and session.smoothed
+    assert torch.allclose(loss, factor * smooth) and session.smoothing.seen
     assert not torch.allclose(smooth, F.cross_entropy(logits, labels), rtol=1e-3)
     model.eval()
     loss, logits = loss_and_logits()

@@ -210,9 +210,10 @@ class Session:
         how = {"forward": forward, "criterion": criterion}
         return drive(self, optimizer, batches, loss_fn, total_steps, steps_per_epoch, **how)
 
-    def criterion(self, loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The training loss: `loss_fn(logits, labels)` with smoothed labels if the recipe smooths them and the model
-        is in training mode, else `loss_fn` as it is."""
+    def criterion(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The training loss: `loss_fn` with smoothed labels if the recipe smooths them and the model is in training mode,
+        a module then; else `loss_fn` itself. `loss_fn` may be any callable that returns a loss, also one that runs a model
+        which computes its own. Raises TostError for one that smooths labels itself, unless smoothing is optional."""
         return self.smoothing.criterion(loss_fn)
 
     def plain(self, average: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The session's side of label smoothing: whether the training loss at hand is to be smoothed, and whether it ever came by."""
+"""The recipe's label smoothing at work: whether the loss at hand is the training loss, and whether anything was smoothed."""
 
 from __future__ import annotations
 
@@ -6,46 +6,111 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from tost_plugins.errors import TostError
+from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.training.log import say
-from tost_plugins.tweaks import LabelSmoothing
-from tost_plugins.tweaks.label_smoothing import SmoothedLoss
+from tost_plugins.tweaks.label_smoothing import LabelSmoothing, Twins, check_hard
 
 
 class Smoothing:
-    """The label smoothing of a session's recipe, if it has any."""
+    """What a session smooths its training loss with. A copy or a pickle of it leads to no session, and smooths nothing."""
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Any = None) -> None:
         self.session = session
-        self.seen = False  # whether the training loss has been smoothed since start
+        self.seen = False  # whether a training loss has been smoothed since start
         self.remedy = "make the training loss with session.criterion(loss_fn)"
+        self._twins: Twins | None = None  # what the last forward pass has made, where it is followed
+        self._within = False  # whether a loss is being computed
+
+    def __reduce__(self) -> tuple:
+        return Smoothing, ()
 
     @property
     def tweak(self) -> LabelSmoothing | None:
-        """The recipe's settings; None without."""
-        return next((tweak for tweak in self.session.tweaks if isinstance(tweak, LabelSmoothing)), None)
+        """The recipe's label smoothing, if it has any and it is not left out."""
+        tweaks = () if self.session is None else self.session.tweaks
+        found = [tweak for tweak in tweaks if isinstance(tweak, LabelSmoothing)]
+        return found[0] if found else None
 
-    def criterion(self, loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The training loss, with smoothed labels while the model trains."""
-        return loss_fn if self.tweak is None else SmoothedLoss(loss_fn, self.tweak.alpha, self.now)
+    def criterion(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`loss_fn` with smoothed labels in training: a module; or `loss_fn` itself where the recipe does not smooth."""
+        if self.tweak is not None:
+            try:
+                check_hard("label_smoothing", loss_fn)
+            except TostError as error:
+                self.leave_out(error, "the loss smooths labels itself")
+        return loss_fn if self.tweak is None else SmoothedLoss(loss_fn, self)
 
-    def now(self) -> bool:
-        """Whether the loss of the batch at hand is to be smoothed; asking marks the recipe's smoothing as in use."""
-        active = self.session.state == "running" and self.session.model.training
-        self.seen = self.seen or active
-        return active
+    def around(self, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`compute(*args, **kwargs)`, which returns the loss, alone or in a tuple, list or dict: smoothed while the model trains.
+        Raises TostError where smoothing is required and the loss is none that it can act on."""
+        tweak = self._now()
+        if tweak is None:
+            return compute(*args, **kwargs)
+        twins, self._within = self._twins or Twins(tweak.alpha), True
+        try:
+            with twins:
+                result = compute(*args, **kwargs)
+        finally:
+            self._within = False
+        try:
+            smoothed = twins.of(result)
+        except Inapplicable as reason:
+            self._unfit(str(reason), "use cross entropy on class indices")
+            return result
+        self.seen = True
+        return smoothed
+
+    def before_forward(self, *_: Any) -> None:
+        """A forward pre-hook, where the model may compute the loss that `around` is to return later."""
+        tweak = self._now()
+        if tweak is not None:
+            self._twins, self._within = Twins(tweak.alpha), True
+            self._twins.__enter__()
+
+    def after_forward(self, *_: Any) -> None:
+        """The forward hook to it, to be registered with `always_call`."""
+        if self._within and self._twins is not None:
+            self._within = False
+            self._twins.__exit__(None, None, None)
 
     def check(self) -> None:
-        """Raise TostError, or say so where it is optional, if a first step comes without a loss that was smoothed."""
-        if self.tweak is None or self.seen:
-            return
-        text = (
-            f"label_smoothing: expected a training loss that it can act on, got one that never came by; "
-            f"{self.remedy}, or leave label_smoothing out of the tweaks"
+        """Around a session's first step: that some training loss has been smoothed by then."""
+        if self.tweak is not None and not self.seen:
+            self._unfit("never came by", self.remedy)
+
+    def leave_out(self, error: TostError, why: str) -> None:
+        """Raise the error, or go on without smoothing where that is optional: in one line, and `why` in the report."""
+        tweak = self.tweak
+        assert tweak is not None, "only what is there can be left out"
+        if not tweak.optional:
+            raise error
+        say(str(error), logging.WARNING)
+        self.session.tweaks.leave_out(tweak, why)
+
+    def _now(self) -> LabelSmoothing | None:
+        """What to smooth with if the loss at hand is a training loss, and no part of one that is being smoothed."""
+        session = self.session
+        if self._within or session is None or session.state != "running" or not session.model.training:
+            return None
+        return self.tweak if torch.is_grad_enabled() else None
+
+    def _unfit(self, what: str, remedy: str) -> None:
+        error = TostError(
+            f"label_smoothing: expected a training loss that it can act on, got one that {what}; "
+            f"{remedy}, or leave label_smoothing out of the tweaks"
         )
-        if not self.tweak.optional:
-            raise TostError(text)
-        say(text, logging.WARNING)
-        self.session.tweaks.leave_out(self.tweak, "the loss never came by")
+        self.leave_out(error, f"the loss {what}")
+
+
+class SmoothedLoss(nn.Module):
+    """A loss with smoothed labels while its session's model trains, else the loss as it is; so are its copies."""
+
+    def __init__(self, loss_fn: Callable[..., Any], smoothing: Smoothing) -> None:
+        super().__init__()
+        self.loss_fn, self.smoothing = loss_fn, smoothing
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.smoothing.around(self.loss_fn, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Label smoothing in the training loss, and only there."""
+"""Label smoothing in the training loss, and only there: cross entropy on class indices, as torch's own argument has it."""
 
 from __future__ import annotations
 
@@ -10,89 +10,193 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from tost_plugins.errors import TostError
+from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.tweaks.base import STRICT, Tweak
 
+#: What torch's cross_entropy takes, in order; nll_loss takes the same but for the last.
+_ARGUMENTS = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+_IN_PLACE = ("{}_", "__i{}__")
 
-def smooth(labels: Tensor, classes: int, alpha: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """y(1-a) + a/K: class indices (N, ...) or probabilities (N, K, ...) -> probabilities (N, K, ...).
 
-    `alpha` 0 leaves the labels hard, 1 would make them uniform. Indices lie in [0, K).
+def _functions(names: str, *forms: str) -> dict[Callable[..., Any], None]:
+    """The functions and methods of torch by these names: compiled code finds one in a dict, but cannot read its name."""
+    named = [form.format(name) for name in names.split() for form in forms]
+    found = [getattr(owner, name, None) for owner in (torch, Tensor) for name in named]
+    return {function: None for function in found if callable(function)}
+
+
+_FACTORS, _DIVISORS = "mul multiply dot", "div divide true_divide truediv"
+_OTHERS = """add sub neg sum mean where masked_fill stack cat concat view view_as reshape flatten unflatten squeeze unsqueeze
+    expand expand_as permute transpose movedim contiguous clone getitem select narrow index_select masked_select gather take
+    unbind split chunk to type type_as float double half bfloat16 cpu cuda requires_grad detach"""
+_PRODUCTS = _functions(_FACTORS, "{}", "__{}__", "__r{}__", *_IN_PLACE)
+_QUOTIENTS = _functions(_DIVISORS, "{}", "__{}__", *_IN_PLACE)
+#: What is linear in a tensor that it is given. `detach` is: who multiplies by the result is seen to depend on the tensor.
+_LINEAR = _functions(_OTHERS, "{}", "__{}__", "__r{}__", *_IN_PLACE) | _PRODUCTS | _QUOTIENTS
+_CHANGING = _functions(f"{_FACTORS} {_DIVISORS} {_OTHERS}", *_IN_PLACE)
+
+
+class Twins(TorchFunctionMode):
+    """Within: each cross entropy on class indices is computed a second time, with smoothed labels, and so is all that is made
+    of it by sums, means, weights and masks: its twin. Nothing that is computed within changes.
+
+    `of(loss)` is the loss's twin: the value and the gradients that `label_smoothing=alpha` in each call would have led to.
 
     Example:
-        >>> smooth(torch.tensor([1]), 4, 0.1)
-        tensor([[0.0250, 0.9250, 0.0250, 0.0250]])
+        >>> logits, labels, twins = torch.tensor([[2.0, 0.0]]), torch.tensor([0]), Twins(0.5)
+        >>> with twins:
+        ...     loss = 3 * F.cross_entropy(logits, labels)
+        >>> torch.equal(twins.of(loss), 3 * F.cross_entropy(logits, labels, label_smoothing=0.5))
+        True
     """
-    if not labels.is_floating_point():
-        labels = F.one_hot(labels, classes).movedim(-1, 1)
-    return labels.to(dtype) * (1 - alpha) + alpha / classes
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.pairs: list[tuple[Tensor, Any]] = []  # a tensor, and its twin or why it has none
+
+    def of(self, result: Any) -> Any:
+        """The loss, or a tuple, list or dict with losses, with twins in the place of losses. Raises Inapplicable, which
+        says what is wrong with "the loss", unless it is linear in cross entropies on class indices."""
+        for twin in self._used(result) or ["has no cross entropy on class indices"]:
+            if isinstance(twin, str):
+                raise Inapplicable(twin)
+            if not isinstance(twin, Tensor):
+                raise Inapplicable(f"is not linear in its cross entropy ({twin.__name__.strip('_')})")
+        return self._swapped(result)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.cross_entropy or func is F.nll_loss:
+            given = {_ARGUMENTS[i]: value for i, value in enumerate(args)}  # dynamo takes every zip for a strict one
+            twin = self._smoothed(func, {**given, **kwargs})
+        elif used := self._used((args, kwargs)):
+            twin = self._followed(func, used, args, kwargs)
+        else:
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        self._pair(out, twin)
+        return out
+
+    def _smoothed(self, func: Callable[..., Tensor], given: dict[str, Any]) -> Tensor | str | None:
+        """The twin of a cross entropy; None for an nll_loss of what is not a log_softmax over the classes."""
+        if func is F.nll_loss and not _is_log_softmax(given["input"]):
+            return None
+        if given["target"].is_floating_point():
+            return "has probabilities for labels, mixed or smoothed already"
+        if given.get("label_smoothing"):
+            return "smooths labels itself"
+        return _apart(F.cross_entropy, **{**given, "label_smoothing": self.alpha})
+
+    def _followed(self, func: Any, used: list[Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """The twin of what is made of tensors that have twins; the function, if it is none that can be followed."""
+        for twin in used:
+            if not isinstance(twin, Tensor):
+                return twin
+        # what trains, or is itself made of cross entropy, may be added to it; as a factor it makes another loss
+        varies = [
+            isinstance(x, Tensor) and (x.requires_grad or self._twin(x) is not None) for x in (*args, *kwargs.values())
+        ]
+        other = sum(varies) > 1 if func in _PRODUCTS else func in _QUOTIENTS and any(varies[1:])
+        if func not in _LINEAR or other or "out" in kwargs:
+            return func
+        if func is Tensor.clone and not torch.is_grad_enabled():  # as DDP hands outputs on, in a function of its own
+            return used[0]
+        twins = self._swapped(args)
+        if func in _CHANGING and twins[0] is args[0]:  # `total += loss` with a total that was no loss before
+            twins = (args[0].clone(), *twins[1:])
+        return _apart(func, *twins, **self._swapped(kwargs))
+
+    def _used(self, tree: Any) -> list[Any]:
+        return [twin for leaf in _leaves(tree) if (twin := self._twin(leaf)) is not None] if self.pairs else []
+
+    def _twin(self, tensor: Any) -> Any:
+        """A tensor's twin, or the reason or the function for which it has none; None for any other tensor."""
+        for one, twin in reversed(self.pairs):
+            if one is tensor:
+                same = not isinstance(twin, Tensor) or one.requires_grad == twin.requires_grad
+                return twin if same else "computes its cross entropy without gradients, as reentrant checkpoints do"
+        return None
+
+    def _pair(self, out: Any, twin: Any) -> None:
+        if isinstance(out, Tensor):
+            if twin is not None:
+                self.pairs.append((out, twin))
+        elif isinstance(out, (tuple, list)):
+            for i, part in enumerate(out):
+                self._pair(part, twin[i] if isinstance(twin, (tuple, list)) else twin)
+
+    def _swapped(self, tree: Any) -> Any:
+        if type(tree) in (tuple, list):
+            return type(tree)([self._swapped(part) for part in tree])
+        if type(tree) is dict:
+            return {key: self._swapped(part) for key, part in tree.items()}
+        twin = self._twin(tree)
+        return tree if twin is None else twin
 
 
-def smoothed_loss(loss: Tensor, logits: Tensor, labels: Tensor, alpha: float, scale: Tensor | float = 1.0) -> Tensor:
-    """A loss that is cross entropy with hard labels, turned into the one with smoothed labels.
+def _apart(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What is computed in a checkpointed part is not computed there again for the backward pass: it keeps its own tensors."""
+    if (
+        torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    ):  # which allow no hooks
+        return func(*args, **kwargs)
+    with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        return func(*args, **kwargs)
 
-    For networks that compute their loss inside: `loss + alpha * scale * (mean over classes - true class)` of -log p,
-    where `scale` is what the mean over samples is multiplied by in `loss` (1 for a plain mean). Samples with the label
-    -100 count in neither.
-    """
-    uniform = F.cross_entropy(logits.float(), labels, label_smoothing=1.0)
-    gap = uniform - F.cross_entropy(logits.float(), labels)
-    return loss + alpha * scale * gap.to(loss.dtype)
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _leaves(tree: Any) -> list[Any]:
+    if type(tree) is dict:
+        tree = list(tree.values())
+    if type(tree) in (tuple, list):
+        return [leaf for part in tree for leaf in _leaves(part)]
+    return [tree]
+
+
+def _is_log_softmax(scores: Tensor) -> bool:
+    """Whether log_softmax over the second dimension, the classes, made them; a negative one is saved as unsigned."""
+    made: Any = scores.grad_fn
+    return made is not None and made.name() == "LogSoftmaxBackward0" and made._saved_dim in (1, 2**64 + 1 - scores.ndim)
 
 
 def check_hard(where: str, loss_fn: Any) -> None:
-    """Raise TostError if a loss function smooths labels itself."""
-    own = _setting(loss_fn, "label_smoothing", 0) or 0
-    if isinstance(loss_fn, SmoothedLoss) or (isinstance(own, (int, float)) and own > 0):
+    """Raise TostError if a loss function smooths labels, or wants smoothed ones, by its own settings: torch's and timm's."""
+    own = _own_smoothing(loss_fn)
+    if own is not None:
         raise TostError(
-            f"{where}: expected a loss with hard labels, got one that smooths them already ({own or 'ToST'}); "
+            f"{where}: expected a loss with hard labels, got one that smooths them already ({own}); "
             f"set its label_smoothing to 0, or leave label_smoothing out of the tweaks"
         )
 
 
-def _setting(loss_fn: Any, name: str, default: Any) -> Any:
-    """What a loss function was told: as a keyword of a partial, or as an attribute of a module."""
+def _own_smoothing(loss_fn: Any) -> Any:
+    """What a loss smooths by: a keyword of a partial, or an attribute of a module or of one inside it."""
     if isinstance(loss_fn, functools.partial):
-        return loss_fn.keywords.get(name, _setting(loss_fn.func, name, default))
-    return getattr(loss_fn, name, default)
-
-
-class SmoothedLoss:
-    """`loss_fn(logits, labels)` with smoothed labels while its model trains, untouched in eval mode."""
-
-    def __init__(self, loss_fn: Callable[..., Tensor], alpha: float, active: Callable[[], bool]) -> None:
-        check_hard("label_smoothing", loss_fn)
-        self.loss_fn, self.alpha, self.active = loss_fn, alpha, active
-
-    def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.active():
-            return self.loss_fn(logits, labels, *args, **kwargs)
-        logits, labels = self._counted(logits, labels)
-        soft = smooth(labels, logits.shape[1], self.alpha, logits.dtype)
-        try:
-            return self.loss_fn(logits, soft, *args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, IndexError) as error:
-            raise TostError(
-                f"label_smoothing: expected a loss that takes class probabilities, got "
-                f"{getattr(self.loss_fn, '__name__', type(self.loss_fn).__name__)} ({error}); "
-                f"use cross entropy, or leave label_smoothing out of the tweaks"
-            ) from error
-
-    def _counted(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Without the samples that the loss would ignore: probabilities have no way to say so."""
-        if labels.is_floating_point():
-            return logits, labels
-        kept = labels != _setting(self.loss_fn, "ignore_index", -100)
-        return (logits, labels) if bool(kept.all()) else (logits.movedim(1, -1)[kept], labels[kept])
+        own = loss_fn.keywords.get("label_smoothing")
+        return _own_smoothing(loss_fn.func) if own is None else own or None
+    for part in loss_fn.modules() if isinstance(loss_fn, nn.Module) else (loss_fn,):
+        if type(part).__name__ in ("SmoothedLoss", "SoftTargetCrossEntropy"):
+            return type(part).__name__
+        own = getattr(part, "label_smoothing", 0) or getattr(part, "smoothing", 0)
+        if isinstance(own, (int, float)) and own > 0:
+            return own
+    return None
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class LabelSmoothing(Tweak):
     """Training labels y become y(1-a) + a/K; evaluation loss and metrics see hard labels.
+
+    It acts where the loss is linear in torch's cross entropy on class indices (per pixel and per token too, summed, averaged,
+    weighted, masked), by the values of torch's own `label_smoothing`: class weights, `ignore_index` and `reduction` included.
+    Other losses are left as they are, and that is said; it is an error unless `optional`.
 
     Fields: `alpha`, the a above: 0 leaves labels hard, values toward 1 approach the uniform distribution.
 

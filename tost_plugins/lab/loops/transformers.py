@@ -51,11 +51,16 @@ class _Columns:
 
 
 class _Trainer(Trainer):
-    """The Trainer on a loader that is made already."""
+    """The Trainer on a loader that is made already; `watch` is told the loss."""
 
-    def __init__(self, columns: _Columns, **kwargs: Any) -> None:
-        self.columns = columns
+    def __init__(self, columns: _Columns, watch: _Watch, **kwargs: Any) -> None:
+        self.columns, self.watch = columns, watch
         super().__init__(**kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.watch.loss = loss.item()
+        return loss
 
     def get_train_dataloader(self) -> Any:
         return self.columns
@@ -66,11 +71,6 @@ class _Watch(TrainerCallback):
 
     def __init__(self, job: Job, tost: TostCallback) -> None:
         self.job, self.tost, self.loss = job, tost, 0.0
-
-    def criterion(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        loss = self.tost.criterion(F.cross_entropy)(outputs, labels, num_items_in_batch)
-        self.loss = loss.item()
-        return loss
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         job, lr = self.job, kwargs["lr_scheduler"].get_last_lr()[0]
@@ -96,8 +96,8 @@ def run(job: Job, resume: bool) -> Session:
     )  # fmt: skip
     args._n_gpu = min(args.n_gpu, 1)  # one GPU, like the other trainers here; with several it takes DataParallel
     trainer = _Trainer(
-        _Columns(job.loader, step, job.total_steps), model=model, args=args, callbacks=[tost, watch],
-        compute_loss_func=watch.criterion, optimizers=(optimizer, job.scheduler(optimizer)),
+        _Columns(job.loader, step, job.total_steps), watch, model=model, args=args, callbacks=[tost, watch],
+        compute_loss_func=tost.criterion(F.cross_entropy), optimizers=(optimizer, job.scheduler(optimizer)),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     if step:
