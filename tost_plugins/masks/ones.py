@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tost_plugins.errors import TostError
 from tost_plugins.masks.scoring import pick
 from tost_plugins.training.log import say
-from tost_plugins.training.params import PRUNABLE, plain_modules
+from tost_plugins.training.params import is_layer, is_transposed, plain_modules
 from tost_plugins.training.task import LABELS, Task, logits_of
 
 Shape = tuple[int, ...]
@@ -78,9 +78,9 @@ def _like(one: Any, shape: Shape | None) -> Any:
 
 def _shapes(model: nn.Module) -> Iterator[Shape]:
     """Shapes of one sample that the first layer takes."""
-    first = next(module for _, module in plain_modules(model) if isinstance(module, PRUNABLE))
-    if isinstance(first, nn.Linear):
-        yield (first.in_features,)
+    first = next(module for _, module in plain_modules(model) if is_layer(module))
+    if isinstance(first, nn.Linear) or is_transposed(first):
+        yield (first.weight.shape[0 if is_transposed(first) else 1],)
     else:
         kernel = len(first.kernel_size)
         yield from ((first.in_channels, *[side] * kernel) for side in _SIDES)
