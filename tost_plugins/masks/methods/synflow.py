@@ -17,8 +17,8 @@ from tost_plugins.errors import TostError
 from tost_plugins.masks import ones
 from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
 from tost_plugins.masks.mask import Mask
-from tost_plugins.masks.scoring import derivative
-from tost_plugins.masks.topk import choose, counts, dense_layers, split, tell
+from tost_plugins.masks.scoring import derivative, weights_to_score
+from tost_plugins.masks.topk import choose, counts, dense_layers, split, tell, tell_ties, tied
 from tost_plugins.training.task import Task, logits_of, untouched
 
 
@@ -51,7 +51,8 @@ class SynFlow:
     Paper: Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow,
     NeurIPS 2020.
     Differs from the paper: the norms' running statistics stay as they are, the published code takes their
-    magnitude; ReLU6 is ReLU while scoring, since it saturates in a network of magnitudes.
+    magnitude. Since they saturate in a network of magnitudes, ReLU6 is ReLU while scoring, and a sigmoid (of a squeeze-excite
+    layer, say) passes on as much flow as it gets. A norm that starts at 0 counts as 1.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -71,28 +72,32 @@ class SynFlow:
         """The mask; raises TostError when the network does not run on such an input, when its scores are
         infinite (too deep) or all 0, and when a layer loses all its weights."""
         with untouched(task.model, task.batches, train=False):
-            weights = {name: weight.detach().abs_() for name, weight in task.weights(torch.float64).items()}
+            weights = weights_to_score(task, "synflow", torch.float64)
+            weights = {name: weight.detach().abs_() for name, weight in weights.items()}
             batch = ones.batch(task, weights, self.input_shape)
-            kept, revived = self._rounds(task, weights, batch)
+            kept, revived, undecided = self._rounds(task, weights, batch)
         tell(revived)
+        tell_ties(undecided)
         return Mask(split(kept, task.params))
 
-    def _rounds(self, task: Task, weights: dict[str, Tensor], batch: Any) -> tuple[Tensor, list[str]]:
-        """True for the weights that stay, in one row, and the layers which "keep_one" had to help in some
-        round."""
+    def _rounds(self, task: Task, weights: dict[str, Tensor], batch: Any) -> tuple[Tensor, list[str], list[str]]:
+        """True for the weights that stay, in one row, the layers which "keep_one" had to help in some round, and those
+        whose scores of 0 decided nothing."""
         own = task.leaves(weights)
         kept = torch.ones(sum(w.numel() for w in own.values()), dtype=torch.bool, device=task.device)
         scores = torch.empty(kept.shape, dtype=torch.float64, device=task.device)
         dense = dense_layers(own, counts(own, self.sparsity, self.allocation))
         revived: dict[str, None] = {}
+        undecided: dict[str, None] = {}
         for count in self._counts(own):
             synaptic_flow(task, weights, batch, split(scores, own))
             scores.masked_fill_(~kept, -1)  # what is gone never returns
             kept, lost = choose(own, scores, count, self.on_collapse, dense)
             revived |= dict.fromkeys(lost)
+            undecided |= dict.fromkeys(tied(scores, kept, count, own))
             for name, mask in split(kept, own).items():
                 own[name].mul_(mask)
-        return kept, list(revived)
+        return kept, list(revived), list(undecided)
 
     def _counts(self, weights: Mapping[str, Tensor]) -> Iterator[dict[str, int] | int]:
         """How many weights stay after each round: size * density ** (round / rounds)."""
@@ -111,7 +116,7 @@ def _decayed(size: int, last: int, share: float) -> int:
 
 
 class Uncapped(TorchFunctionMode):
-    """relu6 and hardtanh without their upper ends, as modules or functions, while this mode is entered."""
+    """relu6 and hardtanh without their upper ends, and sigmoids that conserve the flow, while this mode is entered."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -120,7 +125,19 @@ class Uncapped(TorchFunctionMode):
             if func is F.hardtanh:
                 low = args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)
             return x.clamp(min=low)
+        if func in _SIGMOIDS:
+            x = args[0] if args else kwargs["input"]
+            return _conserving(x, func(x.detach()))
         return func(*args, **kwargs)
+
+
+_SIGMOIDS = {torch.sigmoid, Tensor.sigmoid, F.sigmoid, torch.special.expit, F.hardsigmoid}
+
+
+def _conserving(x: Tensor, value: Tensor) -> Tensor:
+    """The value, with the slope value / x: as much flow x * dR/dx enters the function as leaves it, value * dR/dvalue."""
+    slope = torch.where(x.detach() == 0, 0, value / x.detach())
+    return value + slope * (x - x.detach())
 
 
 def synaptic_flow(task: Task, weights: Mapping[str, Tensor], batch: Any, out: Mapping[str, Tensor]) -> None:
