@@ -73,8 +73,15 @@ def test_a_norm_that_starts_at_0_counts_as_1(net: str, kind: str, caplog: pytest
     assert norm in line and line.startswith(f"{kind}: ") and "\n" not in line
     with torch.no_grad():
         for param in model.parameters():
-            if param.ndim == 1 and param.numel() and any(param is module.weight for module in model.modules()
-                                                         if isinstance(getattr(module, "weight", None), Tensor)):
+            if (
+                param.ndim == 1
+                and param.numel()
+                and any(
+                    param is module.weight
+                    for module in model.modules()
+                    if isinstance(getattr(module, "weight", None), Tensor)
+                )
+            ):
                 param.copy_(torch.where(param == 0, 1, param))  # fmt: skip
     caplog.clear()
     assert masks.find(model, kind, 0.7, batches(), on_collapse="keep_one", **options) == found
@@ -92,7 +99,9 @@ def test_synflow_empties_no_gate_because_it_saturates(name: str, caplog: pytest.
     options = {"rounds": 3, "input_shape": (3, 32, 32), "on_collapse": "keep_one"}
     with caplog.at_level(logging.WARNING, "tost_plugins"):
         mask = masks.find(model, "synflow", 0.8, **options)
-    gates = [n for n, m in model.named_modules() if n.rpartition(".")[2] in ("fc1", "fc2", "conv_reduce", "conv_expand")]
+    gates = [
+        n for n, m in model.named_modules() if n.rpartition(".")[2] in ("fc1", "fc2", "conv_reduce", "conv_expand")
+    ]
     assert gates and all(int(mask[f"{gate}.weight"].sum()) > 1 for gate in gates)
     assert "scores of 0" not in caplog.text
 
@@ -126,6 +135,6 @@ def test_ties_of_scores_of_0_are_said_and_no_others(allocation: str, caplog: pyt
     (line,) = [record.getMessage() for record in caplog.records]
     assert "scores of 0 say nothing about weights of 1 layers" in line and "(a)" in line
     caplog.clear()
-    top_mask(scores, 0.75, allocation)  # of the two 1s, or of none
+    top_mask({**scores, "a": torch.tensor([3.0, 0, 0, 2])}, 0.5, allocation)
     top_mask({"a": torch.tensor([1.0, 1, 1, 1])}, 0.5, allocation)
     assert not caplog.records

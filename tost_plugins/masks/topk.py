@@ -32,9 +32,9 @@ def top_mask(
     """The mask that keeps the round((1 - sparsity) * N) weights with the highest scores.
 
     Over all layers for the allocation "global", within each layer's count for the others (see `allocate`).
-    Ties go to the lower index, layers in their order, so the count is exact; a warning says where scores of 0
-    are decided so. Raises TostError on a score that is not finite, and on a layer that loses every weight unless `on_collapse` is "keep_one": then such
-    a layer keeps its best weight in place of the worst kept one elsewhere, and a warning says so.
+    Ties go to the lower index, layers in their order, so the count is exact; a warning says where scores of 0 are decided
+    so. Raises TostError on a score that is not finite, and on a layer that loses every weight unless `on_collapse` is
+    "keep_one": then such a layer keeps its best weight in place of the worst kept one elsewhere, and a warning says so.
 
     Example:
         >>> mask = top_mask({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 2.0])}, sparsity=0.5)

@@ -15,7 +15,8 @@ from tost_plugins.masks.topk import count_true
 from tost_plugins.session import buffers, optimizing
 from tost_plugins.training import ranks, seeds, sharding
 from tost_plugins.training.clock import Clock
-from tost_plugins.training.params import owners
+from tost_plugins.training.log import say
+from tost_plugins.training.params import owners, some
 
 
 class Movement:
@@ -32,6 +33,7 @@ class Movement:
         # looked up by owner: a model that changes its dtype puts other buffers in the hidden weights' place
         self.owners = owners(model, weights) if method.hides else {}
         self.changed: Tensor = getattr(model, buffers.CHANGED)
+        self._frozen: list[str] = []  # layers that did not train when the mask last moved
         self._mask: Mask | None = None  # None: it has moved since somebody looked
         self._metrics: dict[str, float] | None = None  # as above
         self._moved_at = -1  # the step at whose gradients the mask has moved: a closure may come by twice
@@ -111,16 +113,27 @@ class Movement:
         method that hides weights: there it follows from weights that are equal on all ranks.
         """
         weights, grads = ({n: sharding.whole(t) for n, t in tensors.items()} for tensors in (self.weights, grads))
-        new = self.method.update(self.masks, weights, grads, clock, seeds.generator(self.seed, clock.step))
+        moving = {name: mask for name, mask in self.masks.items() if self.weights[name].requires_grad}
+        self._say_frozen([name for name in self.masks if name not in moving])
+        new = (
+            self.method.update(moving, weights, grads, clock, seeds.generator(self.seed, clock.step)) if moving else {}
+        )
         if not self.hides(clock):
             new = ranks.broadcast(new, self._device)
-        self.changed.copy_(torch.stack([count_true(mask ^ self.masks[name]) for name, mask in new.items()]).sum())
+        self.changed.fill_(sum(count_true(mask ^ self.masks[name]) for name, mask in new.items()))
         for name, mask in new.items():
             self.masks[name].copy_(mask)
             self.kept[name].copy_(sharding.like(mask, self.kept[name]))
             self.seen[name].logical_or_(mask)
         self._mask = self._metrics = None
         self.moved = True
+
+    def _say_frozen(self, frozen: list[str]) -> None:
+        if frozen != self._frozen and frozen:
+            say(
+                f"mask {self.method.kind}: {len(frozen)} layers do not train any more, and their masks stay: {some(frozen, 3)}"
+            )
+        self._frozen = frozen
 
     @torch.no_grad()
     def _reveal(self) -> None:

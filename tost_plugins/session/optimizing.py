@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -30,21 +31,27 @@ def innermost(optimizer: Optimizer, params: Mapping[str, nn.Parameter]) -> Optim
     return optimizer
 
 
-def join(optimizer: Optimizer, companions: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
-    """Put each added parameter into the group of the parameter beside it, if the optimizer lacks it."""
+def join(optimizer: Optimizer, companions: Iterable[tuple[nn.Parameter, nn.Parameter]], model: nn.Module) -> None:
+    """Put each added parameter into the group of the parameter beside it, if the optimizer lacks it, and its name where the
+    optimizer was made from named parameters."""
     group_of = {id(param): group for group in optimizer.param_groups for param in group["params"]}
+    names = {id(param): name for name, param in model.named_parameters()}
     for param, beside in companions:
         if id(param) not in group_of and id(beside) in group_of:
             group_of[id(beside)]["params"].append(param)
+            if "param_names" in group_of[id(beside)]:
+                group_of[id(beside)]["param_names"].append(names[id(param)])
 
 
 def leave(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> None:
     """Take parameters out of their groups, and their state with them."""
     gone = {id(param) for param in params}
     for group in optimizer.param_groups:
-        for param in [param for param in group["params"] if id(param) in gone]:
+        stay = [id(param) not in gone for param in group["params"]]
+        for param in compress(group["params"], [not here for here in stay]):
             optimizer.state.pop(param, None)
-        group["params"] = [param for param in group["params"] if id(param) not in gone]
+        for key in {"params", "param_names"} & group.keys():
+            group[key] = list(compress(group[key], stay))
 
 
 @torch.no_grad()

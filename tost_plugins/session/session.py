@@ -17,16 +17,17 @@ import tost_plugins  # the front door knows where recipes live; importing them h
 from tost_plugins import masks
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.masks.base import Moving
+from tost_plugins.masks.given import fitted
 from tost_plugins.masks.mask import Mask, density
 from tost_plugins.masks.topk import revive
-from tost_plugins.session import averages, buffers, gradients, optimizing
+from tost_plugins.session import averages, buffers, checks, gradients, optimizing, resuming
 from tost_plugins.session.moving import Movement
 from tost_plugins.session.optimizer_hooks import drive
 from tost_plugins.session.zeros import Zeros
 from tost_plugins.training import sharding
 from tost_plugins.training.clock import Clock, times_of
 from tost_plugins.training.log import say
-from tost_plugins.training.params import clean_name, prunable, some, unwrap
+from tost_plugins.training.params import clean_name, left_out, prunable, some, unwrap
 from tost_plugins.training.task import Task, call
 from tost_plugins.tweaks import LabelSmoothing, Tweak
 from tost_plugins.tweaks.label_smoothing import SmoothedLoss
@@ -96,6 +97,7 @@ class Session:
         self.smoothed = False  # whether the training loss has been smoothed since start
         self.smoothing_remedy = "make the training loss with session.criterion(loss_fn)"
         self._mask: Mask | None = None
+        self._layers: tuple[str, ...] | None = None  # what has masks, from attach on, whatever is frozen or freed later
         self._masked: list[tuple[nn.Parameter, Tensor]] = []  # weights, and their masks in the weights' own dtype
         self._gradients: gradients.Following | None = None  # masks them as they come, while a loop goes on
         self._zeros = Zeros(())  # watches over them
@@ -127,6 +129,9 @@ class Session:
                 "use that session, or finish() it first"
             )
         params, known = self._params(), buffers.names(self.model)
+        buffers.check_free(self.model, params)
+        self._layers = tuple(params)
+        self.left_out += left_out(self.model, self.recipe.mask.ignore)
         if optimizer is not None:
             self.optimizer = optimizing.innermost(optimizer, params)
         self._attach_tweaks()
@@ -134,7 +139,7 @@ class Session:
         self._undo = [remove, self.model.register_load_state_dict_post_hook(_loaded).remove]
         self._added = buffers.names(self.model) - known
         if self.optimizer is not None:
-            optimizing.join(self.optimizer, self._companions())
+            optimizing.join(self.optimizer, self._companions(), self.model)
         self.state = "attached"
         self.model.tost_session = _Link(self)  # type: ignore[assignment]
         return self
@@ -192,7 +197,7 @@ class Session:
     def adopt(self, optimizer: Optimizer) -> None:
         """Train with this optimizer; ghosts that it lacks join their convolutions' groups. `start` does the same."""
         self.optimizer = optimizing.innermost(optimizer, self._params())
-        optimizing.join(self.optimizer, self._companions())
+        optimizing.join(self.optimizer, self._companions(), self.model)
 
     def before_step(self, check_finite: bool = True) -> None:
         """With gradients final and unscaled: mask them, or move the mask in place of the step. Raises TostError on NaN
@@ -200,6 +205,7 @@ class Session:
         self._expect("before_step", "running", "finished")
         self._notice_loading()
         if self.state == "running":
+            self._places.check(f"step {self.clock.step}")
             self._check_smoothing()
         bad = optimizing.not_finite(self.model, self.optimizer) if check_finite and self.optimizer else []
         if bad:
@@ -266,6 +272,7 @@ class Session:
         """
         self._expect("finish", "attached", "running")
         if self.state == "running":
+            self._places.check("finish")
             self._notice_loading()
             self._moved = self._movement.metrics() if self._movement is not None else {}  # its buffers go
             self._warn_if_live()
@@ -512,12 +519,16 @@ class Session:
             clock.steps_per_epoch if per_epoch is None else per_epoch,
         )
         self._check_times(self.clock)
+        text, differs = resuming.line(self.recipe.mask, saved, clock, Mask(buffers.beside(self.model, self._params())))
+        say(f"recipe {self.recipe.name}: {text}", logging.WARNING if differs else logging.INFO)
         self._impose()
         self._refresh()
 
     def _given(self, params: Mapping[str, nn.Parameter]) -> Mask:
         assert self.given_mask is not None
-        return revive(self.given_mask.fit(params), params, getattr(self.recipe.mask, "on_collapse", "error"))
+        return revive(
+            fitted(self.given_mask, self.model, params), params, getattr(self.recipe.mask, "on_collapse", "error")
+        )
 
     def _impose(self) -> None:
         """A given mask that does not move stands above a checkpoint's: a lottery ticket goes on from an early, denser state."""
@@ -540,6 +551,7 @@ class Session:
 
     def _keep(self, mask: Mask) -> None:
         params = self._params()
+        self._places = checks.Places(self.model, params)
         # laid out in memory as the weight is: multiplying two layouts takes many times as long
         kept = {
             name: torch.empty_like(p.detach()).copy_(sharding.like(mask[name].to(p.device), p))
@@ -583,7 +595,7 @@ class Session:
 
     def _params(self) -> dict[str, nn.Parameter]:
         sharding.reshard(self.model)
-        return prunable(self.model, self.recipe.mask.ignore)
+        return prunable(self.model, self.recipe.mask.ignore, self._layers)
 
     def _companions(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         return [pair for tweak in self.tweaks for pair in tweak.companions(self.model)]
