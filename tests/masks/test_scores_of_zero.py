@@ -103,7 +103,9 @@ def test_synflow_empties_no_gate_because_it_saturates(name: str, caplog: pytest.
         n for n, m in model.named_modules() if n.rpartition(".")[2] in ("fc1", "fc2", "conv_reduce", "conv_expand")
     ]
     assert gates and all(int(mask[f"{gate}.weight"].sum()) > 1 for gate in gates)
-    assert "scores of 0" not in caplog.text
+    assert not any(
+        gate in caplog.text for gate in gates
+    )  # other weights never act: a 3x3 kernel's corners on one pixel
 
 
 def test_as_much_flow_enters_a_gate_as_leaves_it() -> None:
