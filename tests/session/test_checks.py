@@ -79,6 +79,19 @@ def test_what_wraps_a_layer_may_come_and_go() -> None:
     places.check("here")
 
 
+def test_a_frozen_layer_that_begins_to_train_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    net = Digits()
+    net.body[3].requires_grad_(False)
+    session, optimizer = Session(net, {"mask": RANDOM, "tweaks": []}), torch.optim.SGD(net.parameters(), lr=0.1)
+    with caplog.at_level(logging.INFO, "tost_plugins"), session.drive(optimizer, total_steps=6):
+        for number, batch in enumerate(digits(6)):
+            net.body[3].requires_grad_(number >= 2)
+            step(net, optimizer, batch)
+    (line,) = [r.getMessage() for r in caplog.records if "did not at the start" in r.getMessage()]
+    assert line.startswith("step 2: ") and "body.3" in line
+    assert "body.3.weight" not in session.mask and bool(net.body[3].weight.all())
+
+
 # ---- names that are taken
 
 

@@ -1,6 +1,8 @@
 """Which weights are prunable, by which names, and what is said of the others."""
 
+import csv
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from tost_plugins import TostError, masks
+from tost_plugins import Session, TostError, masks
 from tost_plugins.training.params import left_out, prunable
 from tost_plugins.training.transformed import transforms
 
@@ -174,3 +176,17 @@ def test_what_a_run_has_masked_stays_when_others_freeze_or_free_it() -> None:
     assert tuple(prunable(net, (), names)) == names
     net.requires_grad_(False)
     assert len(prunable(net)) == 3  # nothing trains: it is only looked at
+
+
+def test_in_degrees_of_transposed_layers_are_those_of_their_outputs(tmp_path: Path) -> None:
+    layer = type(_gpt2().transformer.h[0].mlp.c_fc)(3, 5)  # 5 inputs, 3 outputs
+    net = nn.Sequential(layer, nn.Linear(3, 2))
+    recipe = {
+        "mask": {"kind": "random", "sparsity": 0.0},
+        "tweaks": [],
+        "watch": {"measures": ["in_degree"], "out": str(tmp_path)},
+    }
+    with Session(net, recipe).drive(torch.optim.SGD(net.parameters(), lr=0.1), total_steps=1, steps_per_epoch=1):
+        pass
+    first, *_ = csv.DictReader((tmp_path / "in_degree.csv").open(newline=""))
+    assert (first["units"], first["inputs"]) == ("3", "5")

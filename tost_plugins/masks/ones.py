@@ -78,7 +78,7 @@ def _like(one: Any, shape: Shape | None) -> Any:
 
 def _shapes(model: nn.Module) -> Iterator[Shape]:
     """Shapes of one sample that the first layer takes."""
-    first = next(module for _, module in plain_modules(model) if is_layer(module))
+    first: Any = next(module for _, module in plain_modules(model) if is_layer(module))
     if isinstance(first, nn.Linear) or is_transposed(first):
         yield (first.weight.shape[0 if is_transposed(first) else 1],)
     else:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from tost_plugins.errors import TostError
-from tost_plugins.training.params import owners, some
+from tost_plugins.training.log import say
+from tost_plugins.training.params import clean_name, is_layer, owners, plain_modules, some
 
 
 class Places:
@@ -19,6 +20,13 @@ class Places:
     def __init__(self, model: nn.Module, params: Mapping[str, nn.Parameter]) -> None:
         self.model, self.params = model, dict(params)
         self._look()
+        ours = set(self.params.values())
+        self._frozen: dict[str, nn.Parameter] = {
+            clean_name(path): module.weight
+            for path, module in plain_modules(model)
+            if is_layer(module) and isinstance(module._parameters.get("weight"), nn.Parameter)
+            and not module.weight.requires_grad and module.weight not in ours
+        }  # fmt: skip
 
     def _look(self) -> None:
         """Remember each weight's place in its layer, and each place of that layer and those around it in the network."""
@@ -35,7 +43,13 @@ class Places:
 
     def check(self, where: str) -> None:
         """Raise TostError, naming the layers, where others stand in the place of masked ones. What only wraps them, as
-        torch.compile does, may come and go. It costs one look into a dict for each place."""
+        torch.compile does, may come and go. A line names layers without a mask that begin to train. It costs one look into a
+        dict for each place."""
+        if freed := [name for name, param in self._frozen.items() if param.requires_grad]:
+            say(
+                f"{where}: layers train that did not at the start, and have no masks: {some(freed)}; free them before attach"
+            )
+            self._frozen = {name: param for name, param in self._frozen.items() if name not in freed}
         if all(table.get(key) is child for table, key, child in self._places):
             return
         there = set(self.model.parameters())

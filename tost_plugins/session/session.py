@@ -519,7 +519,9 @@ class Session:
             clock.steps_per_epoch if per_epoch is None else per_epoch,
         )
         self._check_times(self.clock)
-        text, differs = resuming.line(self.recipe.mask, saved, clock, Mask(buffers.beside(self.model, self._params())))
+        fixed = self.moving is None and self.given_mask is None
+        sparsity = getattr(self.recipe.mask, "sparsity", None) if fixed else None
+        text, differs = resuming.line(sparsity, saved, clock, Mask(buffers.beside(self.model, self._params())))
         say(f"recipe {self.recipe.name}: {text}", logging.WARNING if differs else logging.INFO)
         self._impose()
         self._refresh()

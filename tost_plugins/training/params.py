@@ -66,7 +66,7 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, PRUNABLE) or is_transposed(module)
 
 
-def is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module | None) -> bool:
     """Whether it is the Hub's `Conv1D`; nothing is one where nobody has imported transformers."""
     return isinstance(module, getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ()))
 

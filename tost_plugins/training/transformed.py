@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -29,15 +30,16 @@ def transforms(module: nn.Module) -> bool:
         >>> transforms(Centred(4, 2)), transforms(nn.Linear(4, 2))
         (True, False)
     """
-    cls = getattr(type(module), "tost_base", type(module))  # what it was before attach
-    if cls.forward in _torch_forwards() or module.weight.numel() < 2:
+    cls: Any = getattr(type(module), "tost_base", type(module))  # what it was before attach
+    weight = module._parameters["weight"]
+    if cls.forward in _torch_forwards() or weight is None or weight.numel() < 2:
         return False
     if cls not in _KNOWN:
         _KNOWN[cls] = _transforms(module, cls)
     return _KNOWN[cls]
 
 
-_KNOWN: dict[type, bool] = {}
+_KNOWN: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
 @functools.cache
@@ -47,12 +49,12 @@ def _torch_forwards() -> set[Any]:
 
 
 @torch.no_grad()
-def _transforms(module: nn.Module, cls: type) -> bool:
+def _transforms(module: Any, cls: Any) -> bool:
     weight = torch.linspace(1, 2, module.weight.numel()).view(module.weight.shape) ** 3  # no two alike
     weight.view(-1)[:: module.weight[0].numel()] = 0  # one in each filter
     probe = copy.copy(module)
     probe._parameters = {n: None if p is None else p.detach().float().cpu() for n, p in module._parameters.items()}
-    probe._parameters["weight"] = weight  # type: ignore[assignment]
+    probe._parameters["weight"] = weight
     probe._buffers = {n: None if b is None else b.detach().clone().cpu() for n, b in module._buffers.items()}
     seen = _Products(weight)
     with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]), seen:  # it may want another input
@@ -60,7 +62,7 @@ def _transforms(module: nn.Module, cls: type) -> bool:
     return seen.zeros is not None and seen.zeros < int((weight == 0).sum())
 
 
-def _no_samples(module: nn.Module) -> Tensor:
+def _no_samples(module: Any) -> Tensor:
     """An input of the right shape that holds nothing: a layer computes its weight all the same."""
     if isinstance(module, nn.Linear):
         return torch.zeros(0, module.in_features)
