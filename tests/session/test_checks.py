@@ -258,3 +258,28 @@ def test_a_checkpoint_with_masks_of_layers_that_are_frozen_now_loads_and_says_so
     assert "1 masks are of layers that have none here, and are left out: body.0.weight_mask" in caplog.text
     session.start(torch.optim.SGD(net.parameters(), lr=0.1), total_steps=4)
     assert "body.0.weight" not in session.mask and bool((net.body[0].weight == 0).any())
+
+
+def test_a_checkpoint_from_before_the_hubs_conv1d_had_masks_goes_on_with_them_dense(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+
+    def attached() -> Session:
+        net = nn.Sequential(conv1d(8, 4), nn.Linear(8, 2))
+        session = Session(
+            net, {"mask": {"kind": "rigl", "sparsity": 0.5, "allocation": "uniform"}, "tweaks": []}
+        ).attach()
+        session.start(torch.optim.SGD(net.parameters(), lr=0.1), total_steps=4)
+        return session
+
+    saved = {
+        k: v
+        for k, v in copy.deepcopy(attached().model.state_dict()).items()
+        if k not in ("0.weight_mask", "0.weight_seen")
+    }
+    session = attached()
+    with caplog.at_level(logging.INFO, "tost_plugins"):
+        session.model.load_state_dict(saved, strict=True)
+    assert "without masks for 1 Conv1D layers, which stay dense: 0" in caplog.text
+    assert session.mask.sparsities() == {"0.weight": 0.0, "1.weight": 0.5}

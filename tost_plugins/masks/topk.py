@@ -138,10 +138,12 @@ def tell(lost: Sequence[str]) -> None:
 
 def tied(flat: Tensor, kept: Tensor, count: Mapping[str, int] | int, like: Mapping[str, Tensor]) -> list[str]:
     """The layers of which some weights stay and others go though the scores of both are 0; over all layers for one count."""
-    stay, go = (split(part & (flat == 0), like) for part in (kept, ~kept))
+    zero = flat == 0
+    if not bool((staying := zero & kept).any()) or not bool((going := zero & ~kept).any()):
+        return []
     if isinstance(count, int):
-        some_stay, some_go = (any(bool(part.any()) for part in parts.values()) for parts in (stay, go))
-        return [name for name in like if bool((stay[name] | go[name]).any())] if some_stay and some_go else []
+        return [name for name, part in split(zero, like).items() if bool(part.any())]
+    stay, go = split(staying, like), split(going, like)
     return [name for name in like if bool(stay[name].any()) and bool(go[name].any())]
 
 

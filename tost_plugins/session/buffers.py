@@ -12,7 +12,7 @@ from tost_plugins.errors import TostError
 from tost_plugins.masks.base import MaskMethod, Moving
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
-from tost_plugins.training.params import device_of, owners, prunable, some
+from tost_plugins.training.params import device_of, is_transposed, owners, plain_modules, prunable, some
 
 MASK, CLOCK = "weight_mask", "tost_clock"
 SEEN, HIDDEN = "weight_seen", "weight_hidden"  # of masks that move: what was ever kept, and what trains out of sight
@@ -112,6 +112,7 @@ def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
     that masked other layers, frozen ones say, the masks without a place here are left out, and said."""
     if f"{prefix}{CLOCK}" in state_dict:
         _leave_out_masks(module, state_dict, prefix)
+        _fill_in_masks(module, state_dict, prefix)
         return
     parts = (f".{MASK}", f".{SEEN}", f".{HIDDEN}", ".ghost_skip.", "tost_")
     for name, value in module.state_dict().items():
@@ -132,3 +133,21 @@ def _leave_out_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str)
     masks = [name for name in foreign if name.endswith(MASK)]
     if masks:
         say(f"checkpoint: {len(masks)} masks are of layers that have none here, and are left out: {some(masks, 3)}")
+
+
+def _fill_in_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """The Hub's Conv1D layers had no masks once: a checkpoint of that time goes on with them dense, as it was."""
+    dense = []
+    for path, layer in plain_modules(module):
+        start = f"{prefix}{path}."
+        if (
+            is_transposed(layer)
+            and MASK in layer._buffers
+            and f"{start}weight" in state_dict
+            and f"{start}{MASK}" not in state_dict
+        ):
+            dense.append(path)
+            kept = {key: buffer for key, buffer in layer.named_buffers(recurse=False) if key in (MASK, SEEN, HIDDEN)}
+            state_dict |= {f"{start}{k}": torch.full_like(buffer, k != HIDDEN) for k, buffer in kept.items()}
+    if dense:
+        say(f"checkpoint: without masks for {len(dense)} Conv1D layers, which stay dense: {some(dense, 3)}")
