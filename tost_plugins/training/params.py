@@ -113,7 +113,7 @@ def left_out(model: nn.Module, ignore: Sequence[str] = ()) -> list[str]:
     groups: dict[str, list[str]] = {}
     held: set[int] = set()
     for name, module, why_not in _layers(model, ignore):
-        held.add(id(module._parameters.get("weight")))
+        held.update(id(param) for param in module.parameters())
         if why_not not in (None, _IGNORED):
             groups.setdefault(why_not, []).append(name.removesuffix(".weight"))
     for path, module in plain_modules(model):
