@@ -130,11 +130,11 @@ class Session:
             )
         params, known = self._params(), buffers.names(self.model)
         buffers.check_free(self.model, params)
-        self._layers = tuple(params)
-        self.left_out += left_out(self.model, self.recipe.mask.ignore)
         if optimizer is not None:
             self.optimizer = optimizing.innermost(optimizer, params)
         self._attach_tweaks()
+        self._layers = tuple(params)
+        self.left_out += left_out(self.model, self.recipe.mask.ignore)
         remove = buffers.add(self.model, self.recipe.mask, known)
         self._undo = [remove, self.model.register_load_state_dict_post_hook(_loaded).remove]
         self._added = buffers.names(self.model) - known
@@ -272,8 +272,8 @@ class Session:
         """
         self._expect("finish", "attached", "running")
         if self.state == "running":
-            self._places.check("finish")
             self._notice_loading()
+            self._places.check("finish")
             self._moved = self._movement.metrics() if self._movement is not None else {}  # its buffers go
             self._warn_if_live()
             if self._watcher is not None:
