@@ -21,12 +21,14 @@ class Places:
         self.model, self.params = model, dict(params)
         self._look()
         ours = set(self.params.values())
-        self._frozen: dict[str, nn.Parameter] = {
-            clean_name(path): module.weight
-            for path, module in plain_modules(model)
-            if is_layer(module) and isinstance(module._parameters.get("weight"), nn.Parameter)
-            and not module.weight.requires_grad and module.weight not in ours
-        }  # fmt: skip
+        weights = (
+            (path, module._parameters.get("weight")) for path, module in plain_modules(model) if is_layer(module)
+        )
+        self._frozen = {
+            clean_name(path): weight
+            for path, weight in weights
+            if weight is not None and not weight.requires_grad and weight not in ours
+        }
 
     def _look(self) -> None:
         """Remember each weight's place in its layer, and each place of that layer and those around it in the network."""
