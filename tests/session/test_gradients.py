@@ -96,8 +96,8 @@ def test_a_mask_that_moves_sees_the_gradients_it_needs_and_clipping_sees_the_res
 
 def test_a_frozen_weight_is_masked_when_it_is_trained_again() -> None:
     net = Digits()
+    session, optimizer = Session(net, RANDOM).attach(), sgd(net)
     net.body[0].weight.requires_grad_(False)
-    session, optimizer = Session(net, RANDOM), sgd(net)
     with session.drive(optimizer, total_steps=STEPS):
         assert not net.body[0].weight.requires_grad
         backward(net, digits(1)[0])

@@ -1057,14 +1057,28 @@ def test_rigl_wants_a_gradient_for_every_layer() -> None:
     assert session.mask is mask and session.clock.step == 2
 
 
-def test_rigl_says_at_the_start_that_a_layer_is_frozen() -> None:
+def test_rigl_leaves_a_frozen_layer_alone() -> None:
     net = Digits()
     net.body[3].weight.requires_grad_(False)
-    with pytest.raises(TostError, match=r"^mask rigl: expected layers that get gradients, got frozen ones: body\.3;"):
-        history(MOVING["rigl"], net=net)
+    assert "body.3.weight" not in history(MOVING["rigl"], net=net)[-1]
+
+
+@pytest.mark.parametrize("case", ["set", "rigl", "dnw", "gradual"])
+def test_a_layer_that_is_frozen_in_mid_run_keeps_its_mask(case: str, caplog: pytest.LogCaptureFixture) -> None:
     net = Digits()
-    net.body[3].weight.requires_grad_(False)
-    assert "body.3.weight" not in history({**MOVING["rigl"], "ignore": ["body.3"]}, net=net)[-1]
+    session, made = Session(net, recipe(case)), OPTIMIZERS["sgd"](net.parameters())
+    with caplog.at_level("INFO", "tost_plugins"), session.drive(made, total_steps=STEPS):
+        for number, batch in enumerate(BATCHES):
+            if number == 1:
+                net.body[3].weight.requires_grad_(False)
+                frozen, mask, others = net.body[3].weight.clone(), session.mask["body.3.weight"], dict(session.mask)
+            step(net, made, batch)
+    assert torch.equal(session.mask["body.3.weight"], mask)
+    if case != "dnw":  # whose hidden weights come and go
+        assert torch.equal(net.body[3].weight, frozen)
+    assert any(not torch.equal(kept, others[name]) for name, kept in session.mask.items())
+    (line,) = [r.getMessage() for r in caplog.records if "do not train any more" in r.getMessage()]
+    assert "body.3.weight" in line
 
 
 def test_an_allocation_that_gradual_cannot_end_with_is_an_error_at_the_start() -> None:

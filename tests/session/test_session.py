@@ -1100,7 +1100,7 @@ def test_tied_weights_are_masked_once() -> None:
     assert session.mask == Mask.from_zeros(prunable(net))
 
 
-def test_a_frozen_backbone_is_masked_and_stays() -> None:
+def test_a_frozen_backbone_stays() -> None:
     net = build("functional").train()
     for name, param in net.named_parameters():
         param.requires_grad_(name.startswith("fc"))

@@ -77,11 +77,13 @@ def test_so_is_the_initialisation(form: str) -> None:
 def test_training_is_checkpointed_again_after_the_look(form: str) -> None:
     net = Net(FORMS[form])
     runs: list[str] = []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with Session(net, {"mask": {"kind": "snip", "sparsity": 0.5}, "tweaks": []}).drive(
-        torch.optim.SGD(net.parameters(), lr=0.1), BATCHES, total_steps=1
+        optimizer, BATCHES, total_steps=1
     ):
         net.side.register_forward_hook(lambda *_: runs.append("side"))
         F.cross_entropy(net(BATCHES[0][0]), BATCHES[0][1]).backward()
+        optimizer.step()
     assert len(runs) == 2
 
 

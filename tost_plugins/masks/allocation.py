@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from tost_plugins.errors import TostError, unknown
-from tost_plugins.training.params import some
+from tost_plugins.training.params import matches, some
 
 Shape = Sequence[int]
 
@@ -120,9 +119,9 @@ def _owners(globs: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, s
     """Layer -> the first glob that matches it; every glob must come first for some layer."""
     owner: dict[str, str] = {}
     for glob in globs:
-        matches = [n for n in sizes if fnmatchcase(n, glob) or fnmatchcase(n.removesuffix(".weight"), glob)]
-        mine = [name for name in matches if name not in owner]
-        if not matches:
+        matching = [name for name in sizes if matches(name, glob)]
+        mine = [name for name in matching if name not in owner]
+        if not matching:
             raise TostError(f"allocation: expected globs that match a layer, got {glob!r}; layers: {some(dict(sizes))}")
         if not mine:
             raise TostError(

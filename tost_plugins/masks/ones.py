@@ -13,7 +13,7 @@ from tost_plugins.errors import TostError
 from tost_plugins.training.batches import pick
 from tost_plugins.training.calling import LABELS, call, inputs_in, main_of
 from tost_plugins.training.log import say
-from tost_plugins.training.params import PRUNABLE, plain_modules
+from tost_plugins.training.params import is_layer, is_transposed, plain_modules
 from tost_plugins.training.task import Task
 
 Shape = tuple[int, ...]
@@ -91,9 +91,9 @@ def total(outputs: Any) -> Tensor:
 
 def _shapes(model: nn.Module) -> Iterator[Shape]:
     """Shapes of one sample that the first layer takes."""
-    first = next(module for _, module in plain_modules(model) if isinstance(module, PRUNABLE))
-    if isinstance(first, nn.Linear):
-        yield (first.in_features,)
+    first: Any = next(module for _, module in plain_modules(model) if is_layer(module))
+    if isinstance(first, nn.Linear) or is_transposed(first):
+        yield (first.weight.shape[0 if is_transposed(first) else 1],)
     else:
         kernel = len(first.kernel_size)
         yield from ((first.in_channels, *[side] * kernel) for side in _SIDES)

@@ -6,18 +6,41 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tost_plugins.errors import TostError
 from tost_plugins.training import ranks
 from tost_plugins.training.batches import size_of
 from tost_plugins.training.functions import backward_only
+from tost_plugins.training.log import say
+from tost_plugins.training.params import clean_name, plain_modules, some
 from tost_plugins.training.task import Task
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float32 where it has fewer bits than that; itself in float32 and float64."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def weights_to_score(task: Task, method: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """`Task.weights`, copies, in which a norm's gamma that is 0 throughout counts as 1, which is said.
+
+    Many libraries start the last norm of a residual branch at 0. Behind such a norm every weight's score would be 0, and
+    the order of the layers would decide which ones stay.
+    """
+    weights = task.weights(dtype)
+    names = {id(param): clean_name(name) for name, param in task.model.named_parameters()}
+    gammas = [(names[id(module.weight)], module.weight) for _, module in plain_modules(task.model)
+              if isinstance(module, _NORMS) and module.weight is not None]  # fmt: skip
+    zero = [name for name, gamma in gammas if gamma.numel() and not bool(gamma.detach().any())]
+    with torch.no_grad():
+        for name in zero:
+            weights[name].fill_(1)
+    if zero:
+        say(f"{method}: {len(zero)} norms start at 0 and count as 1 while weights are scored: {some(zero, 3)}")
+    return weights
 
 
 def derivative(

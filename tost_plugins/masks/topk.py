@@ -35,9 +35,9 @@ def top_mask(
     """The mask that keeps the round((1 - sparsity) * N) weights with the highest scores.
 
     Over all layers for the allocation "global", within each layer's count for the others (see `allocate`).
-    Ties go to the lower index, layers in their order, so the count is exact. Raises TostError on a score
-    that is not finite, and on a layer that loses every weight unless `on_collapse` is "keep_one": then such
-    a layer keeps its best weight in place of the worst kept one elsewhere, and a warning says so.
+    Ties go to the lower index, layers in their order, so the count is exact; a warning says where scores of 0 are decided
+    so. Raises TostError on a score that is not finite, and on a layer that loses every weight unless `on_collapse` is
+    "keep_one": then such a layer keeps its best weight in place of the worst kept one elsewhere, and a warning says so.
 
     Example:
         >>> mask = top_mask({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 2.0])}, sparsity=0.5)
@@ -48,6 +48,7 @@ def top_mask(
     count = counts(scores, sparsity, allocation)
     kept, lost = choose(scores, flat, count, on_collapse, dense_layers(scores, count))
     tell(lost)
+    tell_ties(tied(flat, kept, count, scores))
     return Mask(split(kept, scores))
 
 
@@ -136,6 +137,27 @@ def tell(lost: Sequence[str]) -> None:
         say(
             f"mask: {len(lost)} layers would have lost all weights and keep one each "
             f"(on_collapse: keep_one): {some(lost, 20)}",
+            logging.WARNING,
+        )
+
+
+def tied(flat: Tensor, kept: Tensor, count: Mapping[str, int] | int, like: Mapping[str, Tensor]) -> list[str]:
+    """The layers of which some weights stay and others go though the scores of both are 0; over all layers for one count."""
+    zero = flat == 0
+    if not bool((staying := zero & kept).any()) or not bool((going := zero & ~kept).any()):
+        return []
+    if isinstance(count, int):
+        return [name for name, part in split(zero, like).items() if bool(part.any())]
+    stay, go = split(staying, like), split(going, like)
+    return [name for name in like if bool(stay[name].any()) and bool(go[name].any())]
+
+
+def tell_ties(names: Sequence[str]) -> None:
+    """The warning that the order of the weights has decided; nothing without such layers."""
+    if names:
+        say(
+            f"mask: scores of 0 say nothing about weights of {len(names)} layers, of which those with the lower index stay "
+            f"({some(names, 6)}); set a higher sparsity or another mask method",
             logging.WARNING,
         )
 

@@ -27,5 +27,5 @@ def plain(model: nn.Module, mask: Mask, average: nn.Module) -> nn.Module:
         )
     for name, value in own.items():
         value.copy_(found[clean_name(name)])
-    mask.apply_({clean_name(name): param for name, param in network.named_parameters()})
+    mask.apply_({clean_name(name): param for name, param in network.named_parameters(remove_duplicate=False)})
     return network

@@ -8,15 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tost_plugins.errors import TostError
 from tost_plugins.masks.base import MaskMethod, Moving
 from tost_plugins.training.clock import Clock
-from tost_plugins.training.params import device_of, owners, plain_modules, prunable
+from tost_plugins.training.log import say
+from tost_plugins.training.params import device_of, is_transposed, owners, plain_modules, prunable, some
 
 MASK, CLOCK = "weight_mask", "tost_clock"
 SEEN, HIDDEN = "weight_seen", "weight_hidden"  # of masks that move: what was ever kept, and what trains out of sight
 CHANGED = "tost_changed"  # how many entries the last move of a mask has changed
 _OURS = (MASK, SEEN, HIDDEN, CLOCK, CHANGED, "alpha", "alive", "tost_beta")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
+
+
+def check_free(model: nn.Module, params: dict[str, nn.Parameter]) -> None:
+    """Raise TostError where something else has the name of one of ours, which would be overwritten."""
+    for name, module in owners(model, params).items():
+        taken = [key for key in (MASK, SEEN, HIDDEN) if hasattr(module, key)]
+        if taken:
+            layer = name.removesuffix(".weight").removesuffix("weight")
+            raise TostError(
+                f"attach: expected a layer {layer} ({type(module).__name__}) without a {taken[0]}, where the session keeps its "
+                f"mask, got one that has its own; rename that, use the plain layer, or add {layer!r} to `ignore`"
+            )
 
 
 class Added:
@@ -28,7 +42,8 @@ class Added:
 
     def __init__(self, model: nn.Module, method: MaskMethod, known: set[str], loaded: Callable[..., None]) -> None:
         params = prunable(model, method.ignore)
-        for name, module in owners(model, params).items():
+        self._layers = list(owners(model, params).items())
+        for name, module in self._layers:
             module.register_buffer(MASK, torch.ones_like(params[name], dtype=torch.bool))
             if isinstance(method, Moving):
                 module.register_buffer(SEEN, torch.zeros_like(params[name], dtype=torch.bool))
@@ -46,7 +61,7 @@ class Added:
 
     def remove(self) -> None:
         """Take all of it away again."""
-        for _, module in plain_modules(self.model):
+        for _, module in self._layers:
             for name in {MASK, SEEN, HIDDEN} & module._buffers.keys():
                 delattr(module, name)
         for name in {CLOCK, CHANGED} & self.model._buffers.keys():
@@ -98,10 +113,46 @@ def _exempt_from_ddp(model: nn.Module, added: set[str]) -> Callable[[], None]:
 
 
 def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let weights of the plain network load into an attached one: what it does not have stays as it is."""
+    """Let weights of the plain network load into an attached one: what it does not have stays as it is. Of a checkpoint
+    that masked other layers, frozen ones say, the masks without a place here are left out, and said."""
     if f"{prefix}{CLOCK}" in state_dict:
+        _leave_out_masks(module, state_dict, prefix)
+        _fill_in_masks(module, state_dict, prefix)
         return
     parts = (f".{MASK}", f".{SEEN}", f".{HIDDEN}", ".ghost_skip.", "tost_")
     for name, value in module.state_dict().items():
         if any(part in f".{name}" for part in parts):
             state_dict.setdefault(prefix + name, value)
+
+
+def _leave_out_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    own = module.state_dict().keys()
+    foreign = [
+        name
+        for name in state_dict
+        if name.startswith(prefix) and name.rpartition(".")[2] in (MASK, SEEN, HIDDEN)
+        and (short := name.removeprefix(prefix)) not in own and short.rpartition(".")[0] + ".weight" in own
+    ]  # fmt: skip
+    for name in foreign:
+        del state_dict[name]
+    masks = [name for name in foreign if name.endswith(MASK)]
+    if masks:
+        say(f"checkpoint: {len(masks)} masks are of layers that have none here, and are left out: {some(masks, 3)}")
+
+
+def _fill_in_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """The Hub's Conv1D layers had no masks once: a checkpoint of that time goes on with them dense, as it was."""
+    dense = []
+    for path, layer in plain_modules(module):
+        start = f"{prefix}{path}."
+        if (
+            is_transposed(layer)
+            and MASK in layer._buffers
+            and f"{start}weight" in state_dict
+            and f"{start}{MASK}" not in state_dict
+        ):
+            dense.append(path)
+            kept = {key: buffer for key, buffer in layer.named_buffers(recurse=False) if key in (MASK, SEEN, HIDDEN)}
+            state_dict |= {f"{start}{k}": torch.full_like(buffer, k != HIDDEN) for k, buffer in kept.items()}
+    if dense:
+        say(f"checkpoint: without masks for {len(dense)} Conv1D layers, which stay dense: {some(dense, 3)}")

@@ -35,9 +35,8 @@ def bare(model: nn.Module) -> None:
         )
 
 
-def in_whole(model: nn.Module, weights: Mapping[str, nn.Parameter], method: MaskMethod, watch: Any) -> None:
+def in_whole(weights: Mapping[str, nn.Parameter], method: MaskMethod, watch: Any) -> None:
     """Raise TostError where weights are kept in parts that the recipe's mask or watch cannot work with."""
-    sharding.check_kind("start", model)
     if not any(map(sharding.is_part, weights.values())):
         return
     if isinstance(method, Moving) and method.hides:

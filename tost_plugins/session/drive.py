@@ -25,7 +25,7 @@ def drive(
     """Within: every step of the optimizer, or of the list of them, keeps the mask and advances the schedules. On leaving
     without an error the session finishes; after an error or Ctrl-C it stays as it is, so that a checkpoint can still be
     written. `steps_per_epoch` is `len(batches)` where not given and known; `how` is what else `start` takes. Raises TostError
-    on leaving if no step came by.
+    on leaving if a loop that trained took no step of this optimizer.
     """
     if steps_per_epoch is None:
         steps_per_epoch = length(batches)
@@ -63,9 +63,8 @@ def follow(session: Any, after: Callable[[], None] = lambda: None) -> Callable[[
 
 
 def check_stepped(session: Any) -> None:
-    """Raise TostError if a run that is not over has seen no step of its optimizers."""
-    clock = session.clock
-    if session.run.saved.stepped or (clock.total_steps is not None and clock.step >= clock.total_steps):
+    """Raise TostError if weights had gradients, and no step of the session's optimizers has come by."""
+    if session.run.saved.stepped or not session.weights.had_gradients:
         return
     names = ", ".join(type(optimizer).__name__ for optimizer in session.optimizers.outer)
     raise TostError(

@@ -34,6 +34,7 @@ class MaskedWeights:
         self.moved: dict[str, float] = {}
         self._mask: Mask | None = mask if isinstance(mask, Mask) else None  # None: made when somebody asks
         self._arrived: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # gradients as they were when last masked
+        self.had_gradients = False  # since they are followed
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
@@ -80,8 +81,10 @@ class MaskedWeights:
         owner = weakref.ref(self)  # torch holds the hooks where Python's collector cannot see them
 
         def hook(_: Tensor) -> None:
-            if (found := owner()) is not None and not found.wants_dense():
-                found._mask_gradient(name)
+            if (found := owner()) is not None:
+                found.had_gradients = True
+                if not found.wants_dense():
+                    found._mask_gradient(name)
 
         frozen = not param.requires_grad
         param.requires_grad_()  # torch refuses the hook without, but keeps it for when the weight is trained

@@ -16,7 +16,8 @@ from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.optimizers import Optimizers
 from tost_plugins.training import ranks, seeds, sharding
 from tost_plugins.training.clock import Clock
-from tost_plugins.training.params import owners
+from tost_plugins.training.log import say
+from tost_plugins.training.params import owners, some
 
 
 class MovingWeights(MaskedWeights):
@@ -31,6 +32,7 @@ class MovingWeights(MaskedWeights):
         self.owners = owners(model, dict(weights)) if method.hides else {}
         self.changed: Tensor = getattr(model, buffers.CHANGED)
         self.clock = Clock()
+        self._frozen: list[str] = []  # layers that did not train when the mask last moved
         self._numbers: tuple[int, dict[str, float]] | None = None  # what is logged; None: it has moved since
         self._moved_at = -1  # the step at whose gradients the mask has moved: a closure may come by twice
         self._revealed = False  # whether hidden weights are in the network, between gradients and step
@@ -130,7 +132,10 @@ class MovingWeights(MaskedWeights):
         method that hides weights: there it follows from weights that are equal on all ranks.
         """
         weights, grads = ({n: sharding.whole(t) for n, t in tensors.items()} for tensors in (self.weights, grads))
-        new = self.method.update(self.masks, weights, grads, clock, seeds.generator(self.seed, clock.step))
+        moving = {name: mask for name, mask in self.masks.items() if self.weights[name].requires_grad}
+        self._say_frozen([name for name in self.masks if name not in moving])
+        generator = seeds.generator(self.seed, clock.step)
+        new = self.method.update(moving, weights, grads, clock, generator) if moving else {}
         if not self.hides:
             new = ranks.broadcast(new, next(iter(self.weights.values())).device)
         counts = []
@@ -143,8 +148,15 @@ class MovingWeights(MaskedWeights):
             self.masks[name].copy_(mask)
             self.kept[name].copy_(sharding.like(mask, self.kept[name]))
             self.seen[name].logical_or_(mask)
-        self.changed.copy_(torch.stack(counts).sum())
+        self.changed.fill_(sum(counts))
         self._mask = self._numbers = None
+
+    def _say_frozen(self, frozen: list[str]) -> None:
+        if frozen and frozen != self._frozen:
+            say(
+                f"mask {self.method.kind}: {len(frozen)} layers do not train any more, and their masks stay: {some(frozen, 3)}"
+            )
+        self._frozen = frozen
 
     @torch.no_grad()
     def _reveal(self) -> None:

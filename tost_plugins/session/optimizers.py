@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import compress
 from typing import Any
 
 import torch
@@ -50,21 +51,27 @@ class Optimizers:
         """The parameter groups of them all."""
         return (group for optimizer in self.inner for group in optimizer.param_groups)
 
-    def join(self, companions: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
-        """Put each added parameter into the group of the parameter beside it, where none of them has it."""
+    def join(self, companions: Iterable[tuple[nn.Parameter, nn.Parameter]], model: nn.Module) -> None:
+        """Put each added parameter into the group of the parameter beside it, where none of them has it, and its name where
+        an optimizer was made from named parameters."""
         group_of = {id(param): group for group in self.groups() for param in group["params"]}
+        names = {id(param): name for name, param in model.named_parameters()}
         for param, beside in companions:
             if id(param) not in group_of and id(beside) in group_of:
                 group_of[id(beside)]["params"].append(param)
+                if "param_names" in group_of[id(beside)]:
+                    group_of[id(beside)]["param_names"].append(names[id(param)])
 
     def leave(self, params: Iterable[nn.Parameter]) -> None:
         """Take parameters out of their groups, and their state with them."""
         gone = {id(param) for param in params}
         for optimizer in self.inner:
             for group in optimizer.param_groups:
-                for param in [param for param in group["params"] if id(param) in gone]:
+                stay = [id(param) not in gone for param in group["params"]]
+                for param in compress(group["params"], [not here for here in stay]):
                     optimizer.state.pop(param, None)
-                group["params"] = [param for param in group["params"] if id(param) not in gone]
+                for key in {"params", "param_names"} & group.keys():
+                    group[key] = list(compress(group[key], stay))
 
     def not_finite(self, model: nn.Module) -> list[str]:
         """The names of parameters whose gradients hold NaN or Inf; where ranks hold parts, a rank that has none itself

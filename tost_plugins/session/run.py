@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from tost_plugins.session.active_tweaks import ActiveTweaks
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.moving import MovingWeights
 from tost_plugins.session.optimizers import Optimizers
+from tost_plugins.session.places import Places
 from tost_plugins.session.saved_clock import SavedClock
-from tost_plugins.session.start import begin, impose, say_begun
+from tost_plugins.session.start import begin, impose, say_begun, say_resumed
 from tost_plugins.training import sharding
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.params import prunable
@@ -29,13 +31,15 @@ class Run:
         self.model, self.recipe, self.given_mask, self.tweaks = model, recipe, given_mask, tweaks
         self.clock, self.saved = Clock(), SavedClock(model)
         self.weights: MaskedWeights | None = None
+        self.layers: tuple[str, ...] | None = None  # what has masks, from attach on
+        self._places: Places | None = None
         self._watcher: Any = None  # what the recipe's `watch` makes
 
     @property
     def params(self) -> dict[str, nn.Parameter]:
         """The weights that the recipe's mask is for."""
         sharding.reshard(self.model)
-        return prunable(self.model, self.recipe.mask.ignore)
+        return prunable(self.model, self.recipe.mask.ignore, self.layers)
 
     def begin(self, task: Task, clock: Clock, optimizers: Optimizers | None) -> None:
         """Find the mask and begin, or go on from the checkpoint that was loaded."""
@@ -43,19 +47,27 @@ class Run:
         self._set(self.saved.load(clock) if resumes else clock)
         self._watcher = None if self.recipe.watch is None else self.recipe.watch.begin(task, self.clock)
         if resumes:
+            say_resumed(self.recipe, self.given_mask, buffers.read_clock(self.model), clock, self._saved_mask())
             fresh = impose(self.model, self.recipe.mask, self.given_mask, self.params)
         else:
             fresh = True
             with sharding.unsharded(self.model):
-                begin(task, self.recipe, self.given_mask, self.tweaks, clock)
+                begin(replace(task, params=self.params), self.recipe, self.given_mask, self.tweaks, clock)
         weights = self.take_mask(optimizers, fresh)
         if not resumes:
             say_begun(self.recipe, self.given_mask, weights, self.tweaks)
         self._look()
 
+    def look(self, where: str) -> None:
+        """Before a step, and at the end: what was loaded, and whether the layers are still those that have masks."""
+        self.notice_loading()
+        if self._places is not None:
+            self._places.check(where)
+
     def notice_loading(self) -> None:
         """A clock buffer that somebody else wrote means that a checkpoint was loaded: go on from there."""
         if self.saved.was_loaded:
+            say_resumed(self.recipe, self.given_mask, buffers.read_clock(self.model), self.clock, self._saved_mask())
             self._set(self.saved.load(self.clock))
             impose(self.model, self.recipe.mask, self.given_mask, self.params)
             self.take_mask()
@@ -96,10 +108,14 @@ class Run:
     def _keep(self, weights: MaskedWeights) -> MaskedWeights:
         """Take over: loading may have put other parameters in place of those before."""
         before, self.weights = self.weights, weights
+        self._places = Places(self.model, weights.weights)
         if before is not None and before.release():
             weights.follow()
         self.tweaks.count()
         return weights
+
+    def _saved_mask(self) -> Mask:
+        return Mask(buffers.beside(self.model, self.params))
 
     def _set(self, clock: Clock) -> None:
         self.clock = clock

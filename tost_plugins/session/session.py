@@ -24,7 +24,7 @@ from tost_plugins.session.smoothing import Smoothing
 from tost_plugins.training import sharding
 from tost_plugins.training.calling import call
 from tost_plugins.training.clock import Clock
-from tost_plugins.training.params import device_of
+from tost_plugins.training.params import device_of, left_out
 from tost_plugins.training.reading import reading
 from tost_plugins.training.task import Task
 
@@ -79,14 +79,17 @@ class Session:
         self._expect("attach")
         checks.bare(self.model)
         params, known = self.run.params, buffers.names(self.model)
+        buffers.check_free(self.model, params)
         if optimizer is not None:
             self.optimizers = Optimizers(optimizer, params)
         self.tweaks.attach(self.recipe.seed)
+        self.run.layers = tuple(params)  # whatever is frozen or freed later
+        self.tweaks.left_out += left_out(self.model, self.recipe.mask.ignore)
         self._added = buffers.Added(self.model, self.recipe.mask, known, loaded)
         self.state = "attached"
         self.model.tost_session = Link(self)  # type: ignore[assignment]
         if self.optimizers is not None:
-            self.optimizers.join(self.tweaks.companions())
+            self.optimizers.join(self.tweaks.companions(), self.model)
         return self
 
     def start(
@@ -110,7 +113,8 @@ class Session:
         begin another run then. Raises TostError with the weights unchanged.
         """
         self._expect("start")
-        checks.in_whole(self.model, self.run.params, self.recipe.mask, self.recipe.watch)
+        sharding.check_kind("start", self.model)
+        checks.in_whole(self.run.params, self.recipe.mask, self.recipe.watch)
         if self.state != "finished":
             checks.still_ours(self.model, self._added.names, self.tweaks)
         self.adopt(optimizer)
@@ -132,14 +136,14 @@ class Session:
     def adopt(self, optimizer: Any) -> None:
         """Train with this optimizer; ghosts that it lacks join their convolutions' groups. `start` does the same."""
         self.optimizers = Optimizers(optimizer, self.run.params)
-        self.optimizers.join(self.tweaks.companions())
+        self.optimizers.join(self.tweaks.companions(), self.model)
 
     def before_step(self, check_finite: bool = True) -> None:
         """With gradients final and unscaled: mask them, or move the mask in place of the step. Raises TostError on NaN
         or Inf, before any weight changes; `check_finite=False` is for loss scalers, which skip such a step themselves."""
         self._expect("before_step")
         if self.state == "running":
-            self.run.notice_loading()
+            self.run.look(f"step {self.clock.step}")
             self._check_first()
         if check_finite and self.optimizers is not None:
             checks.gradients(self.model, self.optimizers, self.clock)
@@ -178,7 +182,7 @@ class Session:
         self._expect("finish")
         ran, mask, moved = self.state == "running", None, {}
         if ran:
-            self.run.notice_loading()
+            self.run.look("finish")
             mask, moved = self.run.end()
         sharding.reshard(self.model)
         if self.optimizers is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import nn
 from tost_plugins import masks
 from tost_plugins.errors import TostError
 from tost_plugins.masks.base import MaskMethod, Moving
+from tost_plugins.masks.given import fitted
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.topk import revive
-from tost_plugins.session import buffers
+from tost_plugins.session import buffers, resuming
 from tost_plugins.session.active_tweaks import ActiveTweaks
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.report import report
@@ -51,9 +53,18 @@ def say_begun(recipe: Any, given: Mask | None, weights: MaskedWeights, tweaks: A
     say(f"recipe {recipe.name}: {source}, {report(weights, tweaks, rows=False)}; {kinds}{left}")
 
 
-def fitted(given: Mask, method: MaskMethod, params: Mapping[str, nn.Parameter]) -> Mask:
+def say_resumed(recipe: Any, given: Mask | None, saved: Clock | None, asked: Clock, mask: Mask) -> None:
+    """The one line that says what a run takes from a checkpoint."""
+    fixed = given is None and not isinstance(recipe.mask, Moving)
+    text, differs = resuming.line(
+        getattr(recipe.mask, "sparsity", None) if fixed else None, saved or asked, asked, mask
+    )
+    say(f"recipe {recipe.name}: {text}", logging.WARNING if differs else logging.INFO)
+
+
+def _given(mask: Mask, method: MaskMethod, model: nn.Module, params: Mapping[str, nn.Parameter]) -> Mask:
     """A given mask, cut to the network's layers and checked."""
-    return revive(given.fit(params), params, getattr(method, "on_collapse", "error"))
+    return revive(fitted(mask, model, params), params, getattr(method, "on_collapse", "error"))
 
 
 def impose(model: nn.Module, method: MaskMethod, given: Mask | None, params: Mapping[str, nn.Parameter]) -> bool:
@@ -61,7 +72,7 @@ def impose(model: nn.Module, method: MaskMethod, given: Mask | None, params: Map
     True where it is another one."""
     if given is None or isinstance(method, Moving):
         return False
-    mask, saved = fitted(given, method, params), buffers.beside(model, dict(params))
+    mask, saved = _given(given, method, model, params), buffers.beside(model, dict(params))
     other = mask != (loaded := Mask(saved))
     if other:
         say(f"the given mask (sparsity {mask.sparsity:.4f}) replaces the checkpoint's ({loaded.sparsity:.4f})")
@@ -72,7 +83,7 @@ def impose(model: nn.Module, method: MaskMethod, given: Mask | None, params: Map
 
 def _find(task: Task, method: MaskMethod, given: Mask | None, seed: int) -> Mask:
     if given is not None:
-        return fitted(given, method, task.params)
+        return _given(given, method, task.model, task.params)
     try:
         return masks.run(method, task, seed)
     except TostError as error:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
 from tost_plugins.errors import TostError
+from tost_plugins.training.transformed import transforms
 
 PRUNABLE = (
     nn.Linear,
@@ -59,12 +61,27 @@ def plain_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
     return walk(model, prefix)
 
 
-def prunable(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-    """Name -> weight of every Conv and Linear module, less those whose name matches a glob in `ignore`.
+def is_layer(module: nn.Module) -> bool:
+    """Whether it is a Conv or Linear module, or the Hub's `Conv1D` (GPT-2), a linear layer that stores (inputs, outputs)."""
+    return isinstance(module, PRUNABLE) or is_transposed(module)
 
-    Names are clean (no `module.` and the like), shared weights come once under their first name, ghosts never.
-    Raises TostError when nothing is left, when a glob matches nothing, on weights that `torch.nn.utils.prune` or a
-    parametrization hides under another name, on integers and 8-bit floats, and on a model with lazy or meta tensors.
+
+def is_transposed(module: nn.Module | None) -> bool:
+    """Whether it is the Hub's `Conv1D`; nothing is one where nobody has imported transformers."""
+    return isinstance(module, getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ()))
+
+
+def prunable(
+    model: nn.Module, ignore: Sequence[str] = (), among: Collection[str] | None = None
+) -> dict[str, nn.Parameter]:
+    """Name -> weight of every Conv and Linear module that trains, less those whose name matches a glob in `ignore`.
+
+    Names are clean (no `module.` and the like), shared weights come once under their first name and are ignored under any
+    of their names, ghosts never. A network of which nothing trains is taken as if all of it did. Left out, and named by
+    `left_out`, are weights that do not train and weights that their layer does not use as they are. `among` takes exactly
+    those of these names, frozen or not: what a run has masked stays masked when others freeze or free it.
+    Raises TostError when nothing is left, when a glob matches nothing, on weights that `torch.nn.utils.prune` hides under
+    another name, on integers and 8-bit floats, on a model with lazy or meta tensors, and on one name for two layers.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Linear(8, 10))
@@ -73,42 +90,107 @@ def prunable(model: nn.Module, ignore: Sequence[str] = ()) -> dict[str, nn.Param
     """
     _check_values(model)
     found: dict[str, nn.Parameter] = {}
-    used: set[str] = set()
-    seen: set[int] = set()
-    for path, module in plain_modules(model):
-        if not isinstance(module, PRUNABLE):
-            continue
-        name = clean_name(f"{path}.weight" if path else "weight")
-        globs = [glob for glob in ignore if fnmatchcase(name, glob) or fnmatchcase(name.removesuffix(".weight"), glob)]
-        used.update(globs)
-        weight = module._parameters.get("weight")
-        if globs or (weight is not None and id(weight) in seen):
-            continue
-        if weight is None:
-            raise TostError(
-                f"{name}: expected a plain parameter, got a reparametrised weight; call torch.nn.utils.prune.remove "
-                f"or torch.nn.utils.parametrize.remove_parametrizations on it first (its zeros stay: from_zeros)"
-            )
-        if weight.dtype not in _DTYPES:
-            raise TostError(
-                f"{name}: expected a floating-point weight of 16 bits or more, got {weight.dtype}; prune before the model is "
-                f"quantized, or add {name.removesuffix('.weight')!r} to `ignore`"
-            )
-        seen.add(id(weight))
-        found[name] = weight
-    missed = [glob for glob in ignore if glob not in used]
-    if missed:
-        raise TostError(f"ignore: expected globs that match a layer, got {missed[0]!r}; layers: {some(found)}")
+    for name, module, why_not in _layers(model, ignore):
+        if name in among if among is not None else why_not is None:
+            found.setdefault(name, module._parameters["weight"])  # type: ignore[arg-type]
     if not found:
+        left = "; ".join(left_out(model, ignore))
         raise TostError(
             f"{type(model).__name__}: expected Conv or Linear weights to prune, got none; check the model and `ignore`"
+            + (f" (left out: {left})" if left else "")
         )
     return found
 
 
+def left_out(model: nn.Module, ignore: Sequence[str] = ()) -> list[str]:
+    """What of a network gets no mask though nobody asked to leave it alone, in words: layers that do not train, weights that
+    their layers do not use as they are, and parameters of two and more dimensions in modules other than Conv and Linear.
+
+    Example:
+        >>> left_out(nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 4)))
+        ['masks of LSTM (1.weight_ih_l0, 1.weight_hh_l0)']
+    """
+    groups: dict[str, list[str]] = {}
+    held: set[int] = set()
+    for name, module, why_not in _layers(model, ignore):
+        held.update(id(param) for param in module.parameters())
+        if why_not not in (None, _IGNORED):
+            groups.setdefault(why_not, []).append(name.removesuffix(".weight"))
+    for path, module in plain_modules(model):
+        for key, param in module._parameters.items():
+            if (
+                param is not None
+                and param.requires_grad
+                and id(param) not in held
+                and sum(s > 1 for s in param.shape) > 1
+            ):
+                held.add(id(param))
+                groups.setdefault(type(module).__name__, []).append(clean_name(f"{path}.{key}" if path else key))
+    return [f"masks of {why} ({some(names, 3)})" for why, names in groups.items()]
+
+
+_IGNORED, _FROZEN = "ignored", "frozen layers"
+
+
+def _layers(model: nn.Module, ignore: Sequence[str]) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """The name of each layer's weight, the layer, and why it is not prunable (None: it is), each weight once."""
+    called: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        called.setdefault(id(param), []).append(clean_name(name))
+    all_frozen = not any(param.requires_grad for param in model.parameters())
+    used: set[str] = set()
+    seen: set[int] = set()
+    names: list[str] = []
+    for path, module in plain_modules(model):
+        if not is_layer(module):
+            continue
+        name = clean_name(f"{path}.weight" if path else "weight")
+        names.append(name)
+        weight = module._parameters.get("weight")
+        globs = [glob for glob in ignore if any(matches(n, glob) for n in [name, *called.get(id(weight), [])])]
+        used.update(globs)
+        if weight is None or id(weight) not in seen:
+            seen.add(id(weight))
+            yield name, module, _IGNORED if globs else _why_not(name, module, all_frozen)
+    missed = [glob for glob in ignore if glob not in used]
+    if missed:
+        raise TostError(f"ignore: expected globs that match a layer, got {missed[0]!r}; layers: {some(names)}")
+
+
+def matches(name: str, glob: str) -> bool:
+    """Whether the glob names this weight, or the layer that has it."""
+    return fnmatchcase(name, glob) or fnmatchcase(name.removesuffix(".weight"), glob)
+
+
+def _why_not(name: str, module: nn.Module, all_frozen: bool) -> str | None:
+    """Why a layer that nobody ignores has no weight to prune; None where it has."""
+    weight, trains = module._parameters.get("weight"), any(param.requires_grad for param in module.parameters())
+    if weight is None and "weight_orig" in module._parameters:
+        raise TostError(
+            f"{name}: expected a plain parameter, got one that torch.nn.utils.prune hides; call "
+            f"torch.nn.utils.prune.remove on it first (its zeros stay: from_zeros), or add it to `ignore`"
+        )
+    if weight is None:
+        return "reparametrised weights" if trains else _FROZEN
+    if weight.dtype not in _DTYPES:
+        raise TostError(
+            f"{name}: expected a floating-point weight of 16 bits or more, got {weight.dtype}; prune before the model is "
+            f"quantized, or add {name.removesuffix('.weight')!r} to `ignore`"
+        )
+    if not (weight.requires_grad or all_frozen):
+        return _FROZEN
+    return f"{type(module).__name__}, which transforms its weight" if transforms(module) else None
+
+
 def _check_values(model: nn.Module) -> None:
     """Raise TostError on tensors that have no values yet: whatever is attached to them now would not fit them later."""
+    seen: dict[str, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if seen.setdefault(clean_name(name), name) != name:
+            raise TostError(
+                f"{clean_name(name)}: expected one tensor of this name, got {seen[clean_name(name)]} and {name}, which differ "
+                f"by a prefix that wrappers put in front; give the attribute another name than `module`"
+            )
         if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             raise TostError(
                 f"{clean_name(name)}: expected a tensor with a shape, got a lazy one; run one batch through the model first"
@@ -132,7 +214,7 @@ def owners(model: nn.Module, params: dict[str, nn.Parameter]) -> dict[str, nn.Mo
     found: dict[str, nn.Module] = {}
     for _, module in plain_modules(model):
         name = by_id.get(id(module._parameters.get("weight")))
-        if name is not None and isinstance(module, PRUNABLE):
+        if name is not None and is_layer(module):
             found.setdefault(name, module)
     return found
 

@@ -57,7 +57,9 @@ def rescale(
     """
     count = iterations or affordable(task.steps)
     params = {name: param.detach() for name, param in trainable(task.model).items()}
-    kept = {name: mask[name].to(param.device, param.dtype) for name, param in params.items() if name in mask}
+    known_as = {id(param): name for name, param in task.params.items()}  # a tied weight's layer may have another name
+    own = {name: known_as.get(id(param), name) for name, param in trainable(task.model).items()}
+    kept = {n: mask[own[n]].to(param.device, param.dtype) for n, param in params.items() if own[n] in mask}
     weights = {name: _masked(param, kept.get(name)) for name, param in params.items()}
     objective = _Objective(task, kept, look_ahead, norm)
     scales = torch.ones(len(weights), device=task.device)

@@ -7,13 +7,12 @@ from typing import Literal
 
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from tost_plugins.masks.base import STRICT, OnCollapse
+from tost_plugins.masks.given import fitted
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.topk import revive
 from tost_plugins.training.log import say
-from tost_plugins.training.params import PRUNABLE, clean_name, plain_modules
 from tost_plugins.training.task import Task
 
 
@@ -43,19 +42,7 @@ class File:
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """The mask; raises TostError on an unreadable file, on a missing or misshapen layer, on zeros in a
         layer that is ignored or not of this network, and on a layer without weights."""
-        mask = Mask.load(self.path).fit(task.params, known=_other_tensors(task))
+        mask = fitted(Mask.load(self.path), task.model, task.params)
         if mask.kept == mask.size:
             say(f"mask file {self.path}: it keeps every weight; is it a dense checkpoint?", logging.WARNING)
         return revive(mask, task.params, self.on_collapse)
-
-
-def _other_tensors(task: Task) -> dict[str, Tensor]:
-    """The model's tensors that are no weights of Conv or Linear modules, and the further names of the tied
-    ones."""
-    used = {id(param) for param in task.params.values()}
-    layers = [
-        module._parameters.get("weight") for _, module in plain_modules(task.model) if isinstance(module, PRUNABLE)
-    ]
-    ignored = {id(weight) for weight in layers} - used
-    named = [*task.model.named_parameters(remove_duplicate=False), *task.model.named_buffers()]
-    return {clean_name(name): tensor for name, tensor in named if id(tensor) not in ignored}

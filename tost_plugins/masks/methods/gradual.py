@@ -26,8 +26,9 @@ class Gradual:
     Fields: `sparsity`, the one at the end, in [0, 1); `initial`, the one before, 0 (dense) to `sparsity`; `begin` and
     `until`, when it starts and stops to rise; `every`, the time between two cuts (one more is made at `until`);
     `allocation`, how the kept weights are shared out each time; "uniform" prunes all layers alike, "global" compares
-    them; `ignore`, globs of layers to leave alone; `on_collapse`, for a layer that loses everything. Removed weights
-    stay removed. Each cut follows a step's weight update. For `initial` above 0 the training starts at it.
+    them, a map says where layers end, and on the way each is as far as the whole network; `ignore`, globs of layers to
+    leave alone; `on_collapse`, for a layer that loses everything. Removed weights stay removed. Each cut follows a step's
+    weight update. For `initial` above 0 the training starts at it.
 
     Paper: Zhu and Gupta, To prune, or not to prune, ICLR 2018 workshop.
     Differs from the paper: nothing removed comes back, where its code lets weights grow again between cuts; "erk" shares
@@ -69,8 +70,17 @@ class Gradual:
         """
         counts(task.params, self.sparsity, self.allocation)
         return top_mask(
-            {n: p.detach().abs() for n, p in task.params.items()}, self.initial, self.allocation, self.on_collapse
+            {n: p.detach().abs() for n, p in task.params.items()},
+            self.initial,
+            self._allocation_at(self.initial),
+            self.on_collapse,
         )
+
+    def _allocation_at(self, sparsity: float) -> Allocation:
+        """A map is that of the end: layers get there in step."""
+        if not isinstance(self.allocation, dict) or not self.sparsity:
+            return self.allocation
+        return {glob: share * sparsity / self.sparsity for glob, share in self.allocation.items()}
 
     def due(self, clock: Clock) -> bool:
         """At `begin`, every `every` from there, and at `until`; at the start only if that is `until` already."""
@@ -98,7 +108,8 @@ class Gradual:
     ) -> dict[str, Tensor]:
         """The largest of the weights that are left; removed ones rank below all others, even below zeros."""
         scores = {name: wide(weights[name].detach()).abs().masked_fill(~kept, -1) for name, kept in mask.items()}
-        count = counts(scores, self.sparsity_at(clock), self.allocation)
+        sparsity = self.sparsity_at(clock)
+        count = counts(scores, sparsity, self._allocation_at(sparsity))
         have = {name: int(count_true(kept)) for name, kept in mask.items()}
         count = min(count, sum(have.values())) if isinstance(count, int) else _at_most(count, have)
         flat = torch.cat([score.flatten() for score in scores.values()])

@@ -16,7 +16,7 @@ from tost_plugins.errors import TostError
 from tost_plugins.masks.balanced import balanced
 from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
 from tost_plugins.masks.mask import Mask
-from tost_plugins.masks.scoring import average, derivative, gradient, wide
+from tost_plugins.masks.scoring import average, derivative, gradient, weights_to_score, wide
 from tost_plugins.masks.topk import top_mask
 from tost_plugins.training import ranks
 from tost_plugins.training.batches import walk
@@ -39,7 +39,7 @@ class Grasp:
     once as the loader has in a batch.
 
     Paper: Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow, ICLR 2020.
-    Differs from the paper: nothing.
+    Differs from the paper: a norm that starts at 0 counts as 1.
 
     Example:
         >>> net = torch.nn.Linear(8, 4)
@@ -66,7 +66,7 @@ class Grasp:
         """S = -w * Hg, name -> tensor in the weight's shape, at least float32; high where removal does no
         harm."""
         with untouched(task.model, task.batches, train=True), sdpa_kernel(SDPBackend.MATH), Instead(SMOOTHER):
-            batches, weights = balanced(task, self.per_class), task.weights()
+            batches, weights = balanced(task, self.per_class), weights_to_score(task, "grasp")
             one = len(batches) == 1 and ranks.world() == 1  # its gradient, which is differentiated, is the whole one
             grads = {} if one else gradient(task, batches, weights, "grasp", partial(self._loss, task))
             product = self._hessian_times(task, batches, weights, grads)

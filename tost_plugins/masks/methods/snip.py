@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
 from tost_plugins.masks.mask import Mask
-from tost_plugins.masks.scoring import gradient, wide
+from tost_plugins.masks.scoring import gradient, weights_to_score, wide
 from tost_plugins.masks.topk import top_mask
 from tost_plugins.training.task import Task, untouched
 
@@ -28,7 +28,7 @@ class Snip:
 
     Paper: Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, ICLR 2019.
     Differs from the paper: may look at several batches; the scores are not normalised, which changes no
-    mask.
+    mask; a norm that starts at 0 counts as 1.
 
     Example:
         >>> net = torch.nn.Linear(8, 4)
@@ -52,7 +52,7 @@ class Snip:
     def scores(self, task: Task) -> dict[str, Tensor]:
         """|g * w| summed over the batches, name -> tensor in the weight's shape, at least float32."""
         with untouched(task.model, task.batches, train=True):
-            batches, weights = task.take(self.batches, "snip"), task.weights()
+            batches, weights = task.take(self.batches, "snip"), weights_to_score(task, "snip")
             own = {name: wide(weight.detach()) for name, weight in task.leaves(weights).items()}
             total = {name: torch.zeros_like(weight, dtype=weight.real.dtype) for name, weight in own.items()}
             for turn in range(self.batches):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,8 +16,8 @@ from tost_plugins.errors import TostError
 from tost_plugins.masks import ones
 from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
 from tost_plugins.masks.mask import Mask
-from tost_plugins.masks.scoring import derivative
-from tost_plugins.masks.topk import choose, counts, dense_layers, split, tell
+from tost_plugins.masks.scoring import derivative, weights_to_score
+from tost_plugins.masks.topk import choose, counts, dense_layers, split, tell, tell_ties, tied
 from tost_plugins.training.functions import Instead
 from tost_plugins.training.task import Task, untouched
 
@@ -51,7 +51,8 @@ class SynFlow:
     Paper: Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow,
     NeurIPS 2020.
     Differs from the paper: the norms' running statistics stay as they are, the published code takes their
-    magnitude; ReLU6 is ReLU while scoring, since it saturates in a network of magnitudes.
+    magnitude. Since they saturate in a network of magnitudes, ReLU6 is ReLU while scoring, and a sigmoid (of a squeeze-excite
+    layer, say) passes on as much flow as it gets. A norm that starts at 0 counts as 1.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -71,28 +72,32 @@ class SynFlow:
         """The mask; raises TostError when the network does not run on such an input, when its scores are
         infinite (too deep) or all 0, and when a layer loses all its weights."""
         with untouched(task.model, task.batches, train=False):
-            weights = {name: weight.detach().abs_() for name, weight in task.weights(torch.float64).items()}
+            weights = weights_to_score(task, "synflow", torch.float64)
+            weights = {name: weight.detach().abs_() for name, weight in weights.items()}
             batch = ones.batch(task, weights, self.input_shape)
-            kept, revived = self._rounds(task, weights, batch)
+            kept, revived, undecided = self._rounds(task, weights, batch)
         tell(revived)
+        tell_ties(undecided)
         return Mask(split(kept, task.params))
 
-    def _rounds(self, task: Task, weights: dict[str, Tensor], batch: Any) -> tuple[Tensor, list[str]]:
-        """True for the weights that stay, in one row, and the layers which "keep_one" had to help in some
-        round."""
+    def _rounds(self, task: Task, weights: dict[str, Tensor], batch: Any) -> tuple[Tensor, list[str], list[str]]:
+        """True for the weights that stay, in one row, the layers which "keep_one" had to help in some round, and those
+        whose scores of 0 decided nothing."""
         own = task.leaves(weights)
         kept = torch.ones(sum(w.numel() for w in own.values()), dtype=torch.bool, device=task.device)
         scores = torch.empty(kept.shape, dtype=torch.float64, device=task.device)
         dense = dense_layers(own, counts(own, self.sparsity, self.allocation))
         revived: dict[str, None] = {}
+        undecided: dict[str, None] = {}
         for count in self._counts(own):
             synaptic_flow(task, weights, batch, split(scores, own))
             scores.masked_fill_(~kept, -1)  # what is gone never returns
             kept, lost = choose(own, scores, count, self.on_collapse, dense)
             revived |= dict.fromkeys(lost)
+            undecided |= dict.fromkeys(tied(scores, kept, count, own))
             for name, mask in split(kept, own).items():
                 own[name].mul_(mask)
-        return kept, list(revived)
+        return kept, list(revived), list(undecided)
 
     def _counts(self, weights: Mapping[str, Tensor]) -> Iterator[dict[str, int] | int]:
         """How many weights stay after each round: size * density ** (round / rounds)."""
@@ -110,6 +115,9 @@ def _decayed(size: int, last: int, share: float) -> int:
     return round(size * (max(last, 1) / size) ** share) if size and share < 1 else last
 
 
+_SIGMOIDS = (torch.sigmoid, Tensor.sigmoid, F.sigmoid, torch.special.expit, F.hardsigmoid)
+
+
 def _relu6(input: Tensor, inplace: bool = False) -> Tensor:
     return (input.clamp_ if inplace else input.clamp)(min=0)
 
@@ -118,8 +126,19 @@ def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplac
     return (input.clamp_ if inplace else input.clamp)(min=min_val)
 
 
-#: relu6 and hardtanh, which saturate in a network of magnitudes, without their upper ends.
-UNCAPPED = {F.relu6: _relu6, F.hardtanh: _hardtanh}
+def _conserved(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function with the slope value / x: as much flow x * dR/dx enters it as leaves it, value * dR/dvalue."""
+
+    def conserving(input: Tensor, inplace: bool = False) -> Tensor:
+        value = function(input.detach())
+        slope = torch.where(input.detach() == 0, 0, value / input.detach())
+        return value + slope * (input - input.detach())
+
+    return conserving
+
+
+#: In a network of magnitudes relu6 and hardtanh saturate, so they go without their upper ends, and sigmoids conserve the flow.
+UNCAPPED = {F.relu6: _relu6, F.hardtanh: _hardtanh} | {function: _conserved(function) for function in _SIGMOIDS}
 
 
 def synaptic_flow(task: Task, weights: Mapping[str, Tensor], batch: Any, out: Mapping[str, Tensor]) -> None:

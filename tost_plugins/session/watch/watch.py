@@ -20,6 +20,7 @@ from tost_plugins.session.watch.in_degree import in_degree
 from tost_plugins.training import ranks
 from tost_plugins.training.batches import to_device
 from tost_plugins.training.clock import Clock, Time, TimeField
+from tost_plugins.training.params import is_transposed, owners
 from tost_plugins.training.task import Task, untouched
 
 Row = dict[str, Any]
@@ -117,7 +118,8 @@ class Watcher:
 
     def _measure(self, name: str, mask: Mask, clock: Clock) -> list[Row]:
         if name == "in_degree":
-            return in_degree(mask)
+            layers = owners(self.task.model, dict(self.task.params))
+            return in_degree({n: kept.t() if is_transposed(layers.get(n)) else kept for n, kept in mask.items()})
         if name == "emergence":
             mask.save(self.out / "masks" / f"step-{clock.step:08d}.safetensors")
             return [{"sparsity": mask.sparsity}]

@@ -1,0 +1,50 @@
+"""A mask that somebody gives, cut to what of a network can be masked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from tost_plugins.masks.mask import Mask
+from tost_plugins.training.log import say
+from tost_plugins.training.params import clean_name, is_layer, plain_modules, some
+from tost_plugins.training.sharding import whole
+from tost_plugins.training.transformed import transforms
+
+
+def fitted(mask: Mask, model: nn.Module, params: Mapping[str, nn.Parameter]) -> Mask:
+    """The mask for exactly `params`; one line names other tensors of the network of which it removes numbers that may come
+    back: biases, norms, embeddings, recurrent and frozen layers have no masks. Raises TostError as `Mask.fit` does, and on
+    zeros in a layer that is ignored or not of this network.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Linear(2, 1)
+        >>> list(fitted(Mask({"weight": torch.ones(1, 2), "bias": torch.zeros(1)}), net, {"weight": net.weight}))
+        ['weight']
+    """
+    others = _others(model, params)
+    found = mask.fit(params, known=others)
+    ours = {id(param) for param in params.values()}
+    lost = [name for name, kept in mask.items() if name in others and id(others[name]) not in ours
+            and not bool(kept.all()) and not _stays_zero(others[name], kept)]  # fmt: skip
+    if lost:
+        say(f"mask: zeros of {len(lost)} tensors that have no mask here may come back: {some(lost)}")
+    return found
+
+
+def _others(model: nn.Module, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The model's tensors by all their names, less the weights that might be masked and are ignored."""
+    ours = {id(param) for param in params.values()}
+    layers = [module for _, module in plain_modules(model) if is_layer(module) and "weight" in module._parameters]
+    ignored = {id(m.weight) for m in layers if m.weight.requires_grad and not transforms(m)} - ours
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {clean_name(name): tensor for name, tensor in named if id(tensor) not in ignored}
+
+
+def _stays_zero(tensor: Tensor, kept: Tensor) -> bool:
+    """Whether a tensor that does not train is 0 already where the mask removes it."""
+    if tensor.requires_grad or tensor.shape != kept.shape:
+        return False
+    return not bool(whole(tensor.detach()).cpu()[~kept].any())
