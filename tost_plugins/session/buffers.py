@@ -93,10 +93,11 @@ def _exempt_from_ddp(model: nn.Module, added: set[str]) -> Callable[[], None]:
 
 
 def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let weights of the plain network load into an attached one: what it does not have stays as it is."""
+    """Let weights of the plain network load into an attached one: what it does not have stays as it is, but alpha and beta,
+    which tell ghosts and soft activations to be silent where they are missing."""
     if f"{prefix}{CLOCK}" in state_dict:
         return
     parts = (f".{MASK}", f".{SEEN}", f".{HIDDEN}", ".ghost_skip.", "tost_")
     for name, value in module.state_dict().items():
-        if any(part in f".{name}" for part in parts):
+        if any(part in f".{name}" for part in parts) and name.rpartition(".")[2] not in ("alpha", "tost_beta"):
             state_dict.setdefault(prefix + name, value)

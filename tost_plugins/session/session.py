@@ -433,7 +433,7 @@ class Session:
         try:
             for tweak in self.recipe.tweaks:
                 try:
-                    tweak.attach(self.model, self.recipe.seed)
+                    tweak.attach(self.model, self.recipe.seed, self.recipe.mask.ignore)
                     done.append(tweak)
                 except Inapplicable as reason:
                     self._leave_out(tweak, reason)
