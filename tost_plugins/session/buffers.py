@@ -22,19 +22,25 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"
 def add(model: nn.Module, method: MaskMethod, known: set[str]) -> Callable[[], None]:
     """Register a dense mask beside every prunable weight, what a moving mask needs, and an unstarted clock at the root.
 
-    `known` are the buffers that were there before the session; the others need not travel in every forward of DDP.
+    `known` are the buffers that no session has put there; the others need not travel in every forward of DDP. A copy of an
+    attached model has them already, and keeps their values, as those of a checkpoint.
     Returns what takes all of it away again.
     """
+
+    def put(module: nn.Module, name: str, value: Tensor) -> None:
+        if name not in module._buffers:
+            module.register_buffer(name, value)
+
     params = prunable(model, method.ignore)
     for name, module in owners(model, params).items():
-        module.register_buffer(MASK, torch.ones_like(params[name], dtype=torch.bool))
+        put(module, MASK, torch.ones_like(params[name], dtype=torch.bool))
         if isinstance(method, Moving):
-            module.register_buffer(SEEN, torch.zeros_like(params[name], dtype=torch.bool))
+            put(module, SEEN, torch.zeros_like(params[name], dtype=torch.bool))
         if isinstance(method, Moving) and method.hides:
-            module.register_buffer(HIDDEN, torch.zeros_like(params[name]).detach())
-    model.register_buffer(CLOCK, torch.full((3,), -1, dtype=torch.int64, device=device_of(model)))
+            put(module, HIDDEN, torch.zeros_like(params[name]).detach())
+    put(model, CLOCK, torch.full((3,), -1, dtype=torch.int64, device=device_of(model)))
     if isinstance(method, Moving):
-        model.register_buffer(CHANGED, torch.zeros((), dtype=torch.int64, device=device_of(model)))
+        put(model, CHANGED, torch.zeros((), dtype=torch.int64, device=device_of(model)))
     hook = model.register_load_state_dict_pre_hook(_accept_plain)
     give_back = _exempt_from_ddp(model, names(model) - known)
 
@@ -53,6 +59,11 @@ def add(model: nn.Module, method: MaskMethod, known: set[str]) -> Callable[[], N
 def names(model: nn.Module) -> set[str]:
     """The names of all buffers."""
     return {name for name, _ in model.named_buffers()}
+
+
+def known(model: nn.Module) -> set[str]:
+    """The names of the buffers that no session has put there; a copy of an attached model has both kinds."""
+    return {name for name in names(model) if not hasattr(model, CLOCK) or not _of_a_session(name)}
 
 
 def beside(model: nn.Module, params: dict[str, nn.Parameter], which: str = MASK) -> dict[str, Tensor]:
@@ -86,8 +97,8 @@ def version(model: nn.Module) -> tuple[int, int]:
 
 def _exempt_from_ddp(model: nn.Module, added: set[str]) -> Callable[[], None]:
     """Keep DDP from sending our buffers in every forward; the ghosts' running statistics stay in its care."""
-    before = getattr(model, _IGNORED, None)
     ours = [name for name in sorted(added) if name.rsplit(".", 1)[-1] in _OURS]
+    before = [name for name in getattr(model, _IGNORED, ()) if name not in ours] or None
     setattr(model, _IGNORED, [*(before or []), *ours])
     return lambda: delattr(model, _IGNORED) if before is None else setattr(model, _IGNORED, before)
 
@@ -97,7 +108,11 @@ def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
     which tell ghosts and soft activations to be silent where they are missing."""
     if f"{prefix}{CLOCK}" in state_dict:
         return
-    parts = (f".{MASK}", f".{SEEN}", f".{HIDDEN}", ".ghost_skip.", "tost_")
     for name, value in module.state_dict().items():
-        if any(part in f".{name}" for part in parts) and name.rpartition(".")[2] not in ("alpha", "tost_beta"):
+        if _of_a_session(name) and name.rpartition(".")[2] not in ("alpha", "tost_beta"):
             state_dict.setdefault(prefix + name, value)
+
+
+def _of_a_session(name: str) -> bool:
+    """Whether an entry of an attached model's state dict is one that the plain network does not have."""
+    return any(part in f".{name}" for part in (f".{MASK}", f".{SEEN}", f".{HIDDEN}", ".ghost_skip.", ".tost_"))

@@ -121,12 +121,12 @@ class Session:
                 f"attach first, then wrap or compile"
             )
         sharding.check_bare("attach", self.model)
-        if hasattr(self.model, buffers.CLOCK):
+        if session_of(self.model) is not None:  # a copy, whose session is another model's, is taken over as it is
             raise TostError(
                 "attach: expected a model without a session, got one that is attached already; "
                 "use that session, or finish() it first"
             )
-        params, known = self._params(), buffers.names(self.model)
+        params, known = self._params(), buffers.known(self.model)
         if optimizer is not None:
             self.optimizer = optimizing.innermost(optimizer, params)
         self._attach_tweaks()
@@ -373,8 +373,8 @@ class Session:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Check that a checkpoint belongs to this recipe, and take over what the model has loaded."""
-        own = self.recipe.to_dict()
-        differ = [key for key in ("mask", "tweaks") if state["recipe"].get(key) != own.get(key)]
+        own, saved = self.recipe.to_dict(), tost_plugins.Recipe.from_dict(state["recipe"]).to_dict()  # as they are now
+        differ = [key for key in ("mask", "tweaks") if saved.get(key) != own.get(key)]
         if differ:
             raise TostError(
                 f"load_state_dict: expected a checkpoint of the same {' and '.join(differ)}, got "

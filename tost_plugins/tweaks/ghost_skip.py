@@ -236,7 +236,9 @@ class GhostSkip(Tweak):
         return [(ghost, around.get(id(ghost)) or convs[id(ghost.holder)]) for ghost in ghosts(model)]
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        return {"tost/ghost_skip/alpha": next((g.tost_strength.value * g.tost_strength.live for g in _walk(model)), 0.0)}
+        return {
+            "tost/ghost_skip/alpha": next((g.tost_strength.value * g.tost_strength.live for g in _walk(model)), 0.0)
+        }
 
 
 def ghosts(model: nn.Module) -> list[Ghost]:

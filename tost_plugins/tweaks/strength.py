@@ -24,7 +24,9 @@ class Strength:
     def __init__(self, value: float, live: bool = False) -> None:
         self.value, self.live, self.quiet, self.said = value, live, False, False
         self.step: int | None = None  # for which the schedule was asked last
-        self.held: int | None = None  # the step at which weights of a plain network came in: they stay so until the next
+        self.held: int | None = (
+            None  # the step at which weights of a plain network came in: they stay so until the next
+        )
         self.places: WeakSet[nn.Module] = WeakSet()  # those in the model that trains, not in its copies
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Strength:

@@ -16,7 +16,9 @@ _NAMES = {"relu", "relu_", "relu6"}
 
 def relu_callers(model: nn.Module) -> list[str]:
     """The modules whose forward, or what it calls of its own class and file, names a relu, or that hold one of torch's."""
-    return [path for path, module in plain_modules(model) if not isinstance(module, nn.ReLU | nn.ReLU6) and _calls(module)]
+    return [
+        path for path, module in plain_modules(model) if not isinstance(module, nn.ReLU | nn.ReLU6) and _calls(module)
+    ]
 
 
 def _calls(module: nn.Module) -> bool:

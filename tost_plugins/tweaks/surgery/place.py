@@ -69,4 +69,6 @@ def _upwards(path: str) -> Iterator[str]:
 
 def _named(path: str, ignore: Sequence[str]) -> bool:
     """Whether a glob names this layer, or one that it is a part of, as the mask's `ignore` does."""
-    return any(fnmatchcase(f"{place}{end}", glob) for place in _upwards(path) for end in ("", ".weight") for glob in ignore)
+    return any(
+        fnmatchcase(f"{place}{end}", glob) for place in _upwards(path) for end in ("", ".weight") for glob in ignore
+    )

@@ -172,7 +172,10 @@ def _recording(model: nn.Module, record: Trace) -> Iterator[None]:
     handles = []
 
     def note(path: str, output: Any) -> None:
-        reached[path] = reached.get(path, False) or output.requires_grad
+        trained = (
+            output.requires_grad or not torch.is_grad_enabled()
+        )  # as in a checkpointed part, which trains all the same
+        reached[path] = reached.get(path, False) or trained
 
     def conv_hook(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
