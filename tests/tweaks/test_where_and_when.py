@@ -19,7 +19,7 @@ from tost_plugins import Session
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.training.clock import Clock
 from tost_plugins.tweaks import TWEAKS
-from tost_plugins.tweaks.ghost_skip import GhostSkip, ghosts
+from tost_plugins.tweaks.ghost_skip import ghosts
 from tost_plugins.tweaks.soft_activation import SoftActivation, soft
 
 CHANGES = ("ghost_skip", "soft_activation")
@@ -349,7 +349,7 @@ def test_features_of_a_frozen_backbone_stay(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("traced", [True, False])
 def test_layers_choose_the_activations(traced: bool) -> None:
-    net, x = build("functional"), inputs("functional")
+    net = build("functional")
     plain = [net.block1(torch.ones(1, 6, 4, 4)).detach(), net.block2(torch.ones(1, 6, 4, 4)).detach()]
     if not traced:
         net.lock = threading.Lock()

@@ -44,20 +44,19 @@ def soft(
         >>> soft(torch.tensor([-1.0, 0.0, 1.0]), 100.0)
         tensor([-0., 0., 1.])
     """
-    if shape == "pswish":
-        y = _pswish(x, beta, inplace)
-    else:
-        y = F.mish(x, inplace) if shape == "mish" else F.silu(x, inplace)
-    return y if cap is None else y.clamp_(max=cap) if inplace else y.clamp(max=cap)
-
-
-def _pswish(x: Tensor, beta: Tensor | float, inplace: bool) -> Tensor:
-    if not isinstance(beta, Tensor) or x.dtype == torch.float16:  # whose range beta * x may leave
-        gate = torch.sigmoid(beta * x)
-        return x.mul_(gate) if inplace else x * gate
-    beta = beta.clamp(min=1e-20)  # not 0, where the limit is the same
     if inplace:
-        return F.silu(x.mul_(beta), inplace=True).div_(beta)
+        kept = (
+            shape != "pswish" or not isinstance(beta, Tensor) or x.dtype == torch.float16
+        )  # by autograd, as it is now
+        return x.copy_(soft(x.clone() if kept else x, beta, shape, cap))
+    y = F.mish(x) if shape == "mish" else F.silu(x) if shape == "swish" else _pswish(x, beta)
+    return y if cap is None else y.clamp(max=cap)
+
+
+def _pswish(x: Tensor, beta: Tensor | float) -> Tensor:
+    if not isinstance(beta, Tensor) or x.dtype == torch.float16:  # whose range beta * x may leave
+        return x * torch.sigmoid(beta * x)
+    beta = beta.clamp(min=1e-20)  # not 0, where the limit is the same
     return F.silu(beta * x).div_(beta)  # two thirds of the time, backward pass included
 
 
