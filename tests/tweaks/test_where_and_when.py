@@ -516,3 +516,29 @@ def test_gradients_through_a_checkpointed_function_are_those_of_its_forward(reen
         with torch.no_grad():
             weight[2, 3] -= sign * step
     assert found.item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    "make", [Interleaved, lambda: Distilled("functional")], ids=["two streams", "a teacher inside"]
+)
+def test_one_graph_for_each_phase_under_compile(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    net, x, graphs = make(), torch.randn(2, 3, 8, 8), []
+    tweaks = [TWEAKS["ghost_skip"](until="2ba"), TWEAKS["soft_activation"](until="4ba")]
+    for tweak in tweaks:
+        tweak.attach(net, 0)
+
+    def counted(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(net, backend=counted, fullgraph=True)
+    for step in range(6):
+        for tweak in tweaks:
+            tweak.advance(net, Clock(step))
+        wanted = copy.deepcopy(net)(x)
+        for found, own in zip(compiled(x), wanted, strict=True):
+            torch.testing.assert_close(found, own)
+    assert len(graphs) == 3
+    torch._dynamo.reset()

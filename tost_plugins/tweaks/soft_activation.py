@@ -45,9 +45,8 @@ def soft(
         tensor([-0., 0., 1.])
     """
     if inplace:
-        kept = (
-            shape != "pswish" or not isinstance(beta, Tensor) or x.dtype == torch.float16
-        )  # by autograd, as it is now
+        # autograd keeps x as it is now, unless the curve begins with a product of its own
+        kept = shape != "pswish" or not isinstance(beta, Tensor) or x.dtype == torch.float16
         return x.copy_(soft(x.clone() if kept else x, beta, shape, cap))
     y = F.mish(x) if shape == "mish" else F.silu(x) if shape == "swish" else _pswish(x, beta)
     return y if cap is None else y.clamp(max=cap)
@@ -56,7 +55,7 @@ def soft(
 def _pswish(x: Tensor, beta: Tensor | float) -> Tensor:
     if not isinstance(beta, Tensor) or x.dtype == torch.float16:  # whose range beta * x may leave
         return x * torch.sigmoid(beta * x)
-    beta = beta.clamp(min=1e-20)  # not 0, where the limit is the same
+    beta = beta.clamp(min=1e-20)  # type: ignore[union-attr]  # not 0, where the limit is the same
     return F.silu(beta * x).div_(beta)  # two thirds of the time, backward pass included
 
 

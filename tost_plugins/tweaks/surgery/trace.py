@@ -172,10 +172,8 @@ def _recording(model: nn.Module, record: Trace) -> Iterator[None]:
     handles = []
 
     def note(path: str, output: Any) -> None:
-        trained = (
-            output.requires_grad or not torch.is_grad_enabled()
-        )  # as in a checkpointed part, which trains all the same
-        reached[path] = reached.get(path, False) or trained
+        # without gradients runs a checkpointed part too, which trains all the same
+        reached[path] = reached.get(path, False) or output.requires_grad or not torch.is_grad_enabled()
 
     def conv_hook(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -219,6 +217,10 @@ def _recording(model: nn.Module, record: Trace) -> Iterator[None]:
         for handle in handles:
             handle.remove()
     record.frozen = {path for path, trained in reached.items() if not trained}
+    _pair(record, readers)
+
+
+def _pair(record: Trace, readers: list[tuple[str, str]]) -> None:
     norms = {norm for _, norm in readers}
     for conv in dict.fromkeys(record.order):
         # a convolution with a norm per call, as detection heads have, hands its input over to none of them
