@@ -43,7 +43,7 @@ def in_training(
             for owner, module in plain_modules(modules[around], around)
             if any(param.requires_grad for param in module.parameters(recurse=False))
         ]
-        if not owners or (found is not None and path in found.frozen):
+        if not owners or (found is not None and not found.reached.get(path, True)):
             left["not trained"].append(path)
         elif all(_named(owner, ignore) for owner in owners):
             left["ignored"].append(path)

@@ -32,12 +32,16 @@ _SIZES = (32, 64, 224, 8)
 class Trace:
     """`reader[conv]` is the path of the norm that reads this convolution's output, unchanged, at each of its calls;
     `order` lists the convolutions as they run; `relu_callers` are the modules whose own forward calls relu as a function;
-    `frozen` are the convolutions, nn.ReLUs and relu callers whose results no gradient passes through."""
+    `reached` says of convolutions, nn.ReLUs and relu callers whether gradients pass through their results."""
 
     reader: dict[str, str] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     relu_callers: list[str] = field(default_factory=list)
-    frozen: set[str] = field(default_factory=set)
+    reached: dict[str, bool] = field(default_factory=dict)
+
+    def note(self, path: str, output: Tensor) -> None:
+        """Count gradients that pass; without any runs a checkpointed part too, which trains all the same."""
+        self.reached[path] = self.reached.get(path, False) or output.requires_grad or not torch.is_grad_enabled()
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -127,7 +131,7 @@ def _agreed(found: Trace, training: Trace) -> Trace:
         if conv in training.order and training.reader.get(conv) != norm:
             del found.reader[conv]
     found.relu_callers += [path for path in training.relu_callers if path not in found.relu_callers]
-    found.frozen &= training.frozen
+    found.reached |= {path: found.reached.get(path, False) or passes for path, passes in training.reached.items()}
     return found
 
 
@@ -150,14 +154,14 @@ def _without_traces() -> Iterator[None]:
 class _FindRelus(TorchFunctionMode):
     """Records the innermost module around each functional relu; `inside` ends with None in an nn.ReLU's own forward."""
 
-    def __init__(self, record: Trace, inside: list[str | None], note: Callable[[str, Any], None]) -> None:
+    def __init__(self, record: Trace, inside: list[str | None]) -> None:
         super().__init__()
-        self.record, self.inside, self.note = record, inside, note
+        self.record, self.inside = record, inside
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, caller = func(*args, **(kwargs or {})), self.inside[-1]
         if func in RELUS and caller is not None:
-            self.note(caller, out)
+            self.record.note(caller, out)
             if caller not in self.record.relu_callers:
                 self.record.relu_callers.append(caller)
         return out
@@ -168,16 +172,11 @@ def _recording(model: nn.Module, record: Trace) -> Iterator[None]:
     made_by: list[tuple[Tensor, str]] = []  # holds the tensors, so that an id is never used twice
     readers: list[tuple[str, str]] = []
     inside: list[str | None] = [None]
-    reached: dict[str, bool] = {}
     handles = []
-
-    def note(path: str, output: Any) -> None:
-        # without gradients runs a checkpointed part too, which trains all the same
-        reached[path] = reached.get(path, False) or output.requires_grad or not torch.is_grad_enabled()
 
     def conv_hook(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            note(path, output)
+            record.note(path, output)
             record.order.append(path)
             made_by.append((output, path))
 
@@ -186,7 +185,9 @@ def _recording(model: nn.Module, record: Trace) -> Iterator[None]:
     def norm_hook(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             for tensor, conv in made_by:
-                if args and tensor is args[0] and tensor.shape == output.shape:  # some turn channels over
+                if (
+                    args and tensor is args[0] and tensor.shape == getattr(output, "shape", None)
+                ):  # some turn channels over
                     readers.append((conv, path))
 
         return hook
@@ -198,7 +199,7 @@ def _recording(model: nn.Module, record: Trace) -> Iterator[None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             inside.pop()
             if path is not None:
-                note(path, output)
+                record.note(path, output)
 
         return hook
 
@@ -211,12 +212,11 @@ def _recording(model: nn.Module, record: Trace) -> Iterator[None]:
         elif is_norm(module):
             handles.append(module.register_forward_hook(norm_hook(path)))
     try:
-        with _FindRelus(record, inside, note):
+        with _FindRelus(record, inside):
             yield
     finally:
         for handle in handles:
             handle.remove()
-    record.frozen = {path for path, trained in reached.items() if not trained}
     _pair(record, readers)
 
 
