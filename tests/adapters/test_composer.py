@@ -148,7 +148,7 @@ class Watch(Callback):
         alphas = [float(ghost.alpha) for ghost in ghosts(net)]
         assert alphas == pytest.approx([max(0.0, 1 - step / ghost_end)] * len(alphas), abs=1e-6)
         relus = [module for module in net.modules() if isinstance(module, nn.ReLU)]
-        assert [module.tost_live for module in relus] == [step < soft_end] * len(relus)
+        assert [module.tost_strength.live for module in relus] == [step < soft_end] * len(relus)
         if step < soft_end:
             betas = [float(module.tost_beta) for module in relus]
             assert betas == pytest.approx([1 + 9 * step / soft_end] * len(betas))

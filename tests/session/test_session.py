@@ -190,7 +190,9 @@ def test_an_optimizer_that_lacks_weights_is_named(at: str) -> None:
 
 def test_weights_that_are_ignored_need_no_optimizer() -> None:
     net = small()
-    session = Session(net, recipe(mask={"kind": "random", "sparsity": 0.5, "ignore": ["0", "3.weight"]})).attach()
+    session = Session(
+        net, recipe(mask={"kind": "random", "sparsity": 0.5, "ignore": ["0", "3.weight"]}, tweaks=[])
+    ).attach()
     session.start(torch.optim.SGD(net[7].parameters(), lr=0.1), total_steps=2)
     assert list(session.mask) == ["7.weight"]
 
@@ -1104,7 +1106,8 @@ def test_a_frozen_backbone_stays() -> None:
     net = build("functional").train()
     for name, param in net.named_parameters():
         param.requires_grad_(name.startswith("fc"))
-    session, optimizer = Session(net, recipe()), OPTIMIZERS["sgd"](net.fc.parameters())
+    tweaks = [{**tweak, "optional": True} for tweak in TWEAKS]  # neither has anything to act on
+    session, optimizer = Session(net, recipe(tweaks=tweaks)), OPTIMIZERS["sgd"](net.fc.parameters())
     with session.drive(optimizer, total_steps=TOTAL):
         before = weights_of(net)
         for i in range(TOTAL):

@@ -57,7 +57,7 @@ def test_a_ghost_leaves_dead_channels_as_they_are() -> None:
     model[4].register_forward_hook(lambda module, args, output: seen.update(out=output.detach()))
     model(BATCH[0][0])
     with_ghost = seen["out"]
-    session.tweaks[0].advance(model, session.clock.at(4))
+    next(iter(session.tweaks)).advance(model, session.clock.at(4))
     model(BATCH[0][0])
     assert torch.equal(with_ghost[:, 1:], seen["out"][:, 1:]) and not torch.equal(with_ghost[:, 0], seen["out"][:, 0])
 

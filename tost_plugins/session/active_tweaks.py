@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,13 +25,13 @@ class ActiveTweaks:
     def __iter__(self) -> Iterator[Tweak]:
         return iter(self.active)
 
-    def attach(self, seed: int) -> None:
+    def attach(self, recipe: Any) -> None:
         """Change the model's structure; after an error it is what it was."""
         wanted, done = self.active, []
         try:
             for tweak in list(wanted):
                 try:
-                    tweak.attach(self.model, seed)
+                    tweak.attach(self.model, recipe.seed, recipe.mask.ignore)
                     done.append(tweak)
                 except Inapplicable as reason:
                     self._leave_out(tweak, reason)

@@ -22,8 +22,9 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def check_free(model: nn.Module, params: dict[str, nn.Parameter]) -> None:
-    """Raise TostError where something else has the name of one of ours, which would be overwritten."""
-    for name, module in owners(model, params).items():
+    """Raise TostError where something else has the name of one of ours, which would be overwritten; in a copy of an
+    attached model it is ours."""
+    for name, module in owners(model, params).items() if not hasattr(model, CLOCK) else ():
         taken = [key for key in (MASK, SEEN, HIDDEN) if hasattr(module, key)]
         if taken:
             layer = name.removesuffix(".weight").removesuffix("weight")
@@ -36,22 +37,27 @@ def check_free(model: nn.Module, params: dict[str, nn.Parameter]) -> None:
 class Added:
     """A dense mask beside every prunable weight, what a moving mask needs, and an unstarted clock at the root.
 
-    `known` are the buffers that were there before the session; `names` are those that came with it, which need not travel in
-    every forward of DDP. `loaded(model, keys)` is called when a state dict has been loaded into the model.
+    `known` are the buffers that no session has put there; `names` are the others, which need not travel in every forward of
+    DDP. A copy of an attached model has them already, and keeps their values, as those of a checkpoint. `loaded(model, keys)`
+    is called when a state dict has been loaded into the model.
     """
 
     def __init__(self, model: nn.Module, method: MaskMethod, known: set[str], loaded: Callable[..., None]) -> None:
+        def put(module: nn.Module, name: str, value: Tensor) -> None:
+            if name not in module._buffers:
+                module.register_buffer(name, value)
+
         params = prunable(model, method.ignore)
         self._layers = list(owners(model, params).items())
         for name, module in self._layers:
-            module.register_buffer(MASK, torch.ones_like(params[name], dtype=torch.bool))
+            put(module, MASK, torch.ones_like(params[name], dtype=torch.bool))
             if isinstance(method, Moving):
-                module.register_buffer(SEEN, torch.zeros_like(params[name], dtype=torch.bool))
+                put(module, SEEN, torch.zeros_like(params[name], dtype=torch.bool))
             if isinstance(method, Moving) and method.hides:
-                module.register_buffer(HIDDEN, torch.zeros_like(params[name]).detach())
-        model.register_buffer(CLOCK, torch.full((3,), -1, dtype=torch.int64, device=device_of(model)))
+                put(module, HIDDEN, torch.zeros_like(params[name]).detach())
+        put(model, CLOCK, torch.full((3,), -1, dtype=torch.int64, device=device_of(model)))
         if isinstance(method, Moving):
-            model.register_buffer(CHANGED, torch.zeros((), dtype=torch.int64, device=device_of(model)))
+            put(model, CHANGED, torch.zeros((), dtype=torch.int64, device=device_of(model)))
         self.model, self.names = model, names(model) - known
         self._undo = [
             model.register_load_state_dict_pre_hook(_accept_plain).remove,
@@ -73,6 +79,11 @@ class Added:
 def names(model: nn.Module) -> set[str]:
     """The names of all buffers."""
     return {name for name, _ in model.named_buffers()}
+
+
+def known(model: nn.Module) -> set[str]:
+    """The names of the buffers that no session has put there; a copy of an attached model has both kinds."""
+    return {name for name in names(model) if not hasattr(model, CLOCK) or not _of_a_session(name)}
 
 
 def beside(model: nn.Module, params: dict[str, nn.Parameter], which: str = MASK) -> dict[str, Tensor]:
@@ -106,22 +117,22 @@ def version(model: nn.Module) -> tuple[int, int]:
 
 def _exempt_from_ddp(model: nn.Module, added: set[str]) -> Callable[[], None]:
     """Keep DDP from sending our buffers in every forward; the ghosts' running statistics stay in its care."""
-    before = getattr(model, _IGNORED, None)
     ours = [name for name in sorted(added) if name.rsplit(".", 1)[-1] in _OURS]
+    before = [name for name in getattr(model, _IGNORED, ()) if name not in ours] or None
     setattr(model, _IGNORED, [*(before or []), *ours])
     return lambda: delattr(model, _IGNORED) if before is None else setattr(model, _IGNORED, before)
 
 
 def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let weights of the plain network load into an attached one: what it does not have stays as it is. Of a checkpoint
-    that masked other layers, frozen ones say, the masks without a place here are left out, and said."""
+    """Let weights of the plain network load into an attached one: what it does not have stays as it is, but alpha and beta,
+    which tell ghosts and soft activations to be silent where they are missing. Of a checkpoint that masked other layers,
+    frozen ones say, the masks without a place here are left out, and said."""
     if f"{prefix}{CLOCK}" in state_dict:
         _leave_out_masks(module, state_dict, prefix)
         _fill_in_masks(module, state_dict, prefix)
         return
-    parts = (f".{MASK}", f".{SEEN}", f".{HIDDEN}", ".ghost_skip.", "tost_")
     for name, value in module.state_dict().items():
-        if any(part in f".{name}" for part in parts):
+        if _of_a_session(name) and name.rpartition(".")[2] not in ("alpha", "tost_beta"):
             state_dict.setdefault(prefix + name, value)
 
 
@@ -156,3 +167,8 @@ def _fill_in_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -
             state_dict |= {f"{start}{k}": torch.full_like(buffer, k != HIDDEN) for k, buffer in kept.items()}
     if dense:
         say(f"checkpoint: without masks for {len(dense)} Conv1D layers, which stay dense: {some(dense, 3)}")
+
+
+def _of_a_session(name: str) -> bool:
+    """Whether an entry of an attached model's state dict is one that the plain network does not have."""
+    return any(part in f".{name}" for part in (f".{MASK}", f".{SEEN}", f".{HIDDEN}", ".ghost_skip.", ".tost_"))

@@ -11,6 +11,7 @@ from torch import nn
 from tost_plugins.errors import TostError
 from tost_plugins.masks.base import MaskMethod, Moving
 from tost_plugins.session import buffers
+from tost_plugins.session.link import session_of
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.optimizers import Optimizers
 from tost_plugins.training import sharding
@@ -28,7 +29,7 @@ def bare(model: nn.Module) -> None:
             f"attach: expected the bare model, got it inside {type(model).__name__}; attach first, then wrap or compile"
         )
     sharding.check_bare("attach", model)
-    if hasattr(model, buffers.CLOCK):
+    if session_of(model) is not None:  # a copy, whose session is another model's, is taken over as it is
         raise TostError(
             "attach: expected a model without a session, got one that is attached already; "
             "use that session, or finish() it first"

@@ -78,11 +78,11 @@ class Session:
         """
         self._expect("attach")
         checks.bare(self.model)
-        params, known = self.run.params, buffers.names(self.model)
+        params, known = self.run.params, buffers.known(self.model)
         buffers.check_free(self.model, params)
         if optimizer is not None:
             self.optimizers = Optimizers(optimizer, params)
-        self.tweaks.attach(self.recipe.seed)
+        self.tweaks.attach(self.recipe)
         self.run.layers = tuple(params)  # whatever is frozen or freed later
         self.tweaks.left_out += left_out(self.model, self.recipe.mask.ignore)
         self._added = buffers.Added(self.model, self.recipe.mask, known, loaded)
@@ -278,7 +278,7 @@ class Session:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Check that a checkpoint belongs to this recipe, and take over what the model has loaded."""
-        checks.same_recipe(state["recipe"], self.recipe.to_dict())
+        checks.same_recipe(tost_plugins.Recipe.from_dict(state["recipe"]).to_dict(), self.recipe.to_dict())
         if state["state"] == "finished" and self.state == "attached":
             self.finish()
         if self.state == "running":

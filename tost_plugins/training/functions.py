@@ -19,6 +19,8 @@ RELUS: dict[Callable[..., Any], float | None] = {
     F.relu: None, F.relu_: None, torch.relu: None, torch.relu_: None, Tensor.relu: None, Tensor.relu_: None,
     F.relu6: 6.0,
 }  # fmt: skip
+#: Those that write into their input without being asked to.
+IN_PLACE = (F.relu_, torch.relu_, Tensor.relu_)
 
 
 class Instead(TorchFunctionMode):

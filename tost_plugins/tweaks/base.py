@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ConfigDict
@@ -27,8 +27,10 @@ class Tweak:
     kind: Any
     optional: bool
 
-    def attach(self, model: nn.Module, seed: int) -> None:
-        """Change the structure; raises Inapplicable, with the model unchanged, if there is nothing to act on."""
+    def attach(self, model: nn.Module, seed: int, ignore: Sequence[str] = ()) -> None:
+        """Change the structure, but not yet the forward pass; raises Inapplicable, with the model unchanged, if there is
+        nothing to act on. Layers that `ignore` names (globs, as the mask's) or that do not train are left alone, and said.
+        On a copy of an attached model, which brings its parts along, nothing happens."""
 
     def check(self, model: nn.Module) -> None:
         """Raise TostError if other code has replaced modules since `attach`, so that the tweak lost its hold."""
@@ -37,7 +39,8 @@ class Tweak:
         """Once, when the mask is found and applied, before the first step; the model is quiet then."""
 
     def advance(self, model: nn.Module, clock: Clock) -> None:
-        """Set the strength for the step that comes next."""
+        """Set the strength for the step that comes next. Before the first call, and after weights of a plain network were
+        loaded, the forward pass is the plain network's."""
 
     def detach(self, model: nn.Module) -> None:
         """Give the model back its own modules, state-dict keys and forward pass."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -21,40 +20,53 @@ from tost_plugins.training.schedules import SCHEDULES
 from tost_plugins.training.sharding import is_part
 from tost_plugins.training.task import Task
 from tost_plugins.tweaks.base import STRICT, Tweak
+from tost_plugins.tweaks.strength import Strength, quiet
 from tost_plugins.tweaks.surgery.alive import alive_channels
+from tost_plugins.tweaks.surgery.place import in_training, matching
 from tost_plugins.tweaks.surgery.swap import mixins_of, restore, swap
-from tost_plugins.tweaks.surgery.trace import pairs
+from tost_plugins.tweaks.surgery.trace import pairs, trace
 
 _LAYERS = {
     1: (nn.Conv1d, nn.BatchNorm1d),
     2: (nn.Conv2d, nn.BatchNorm2d),
     3: (nn.Conv3d, nn.BatchNorm3d),
 }
-
-
-Phase = Literal["live", "dormant", "quiet"]
+#: How many calls of a convolution may be under way before their norm is called; more are calls without a norm.
+_STREAMS = 16
 
 
 class Holder:
-    """Hands a convolution's input over to the norm behind it."""
+    """Hands a convolution's inputs over to the norm behind it, each call's by itself."""
 
-    x: Tensor | None = None
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor]] = []  # (output, input), of calls whose norm is still to come
 
     def __reduce__(self) -> tuple:
-        return Holder, ()  # a copy is empty: after a forward that broke off, x is part of a graph and cannot be copied
+        return Holder, ()  # a copy is empty: after a forward that broke off, tensors are part of a graph
+
+    def give(self, x: Tensor, out: Tensor) -> None:
+        self.calls = [*self.calls[1 - _STREAMS :], (out, x)]
+
+    def take(self, out: Tensor) -> Tensor | None:
+        """The input that `out` was made from; a hook may have put another tensor in the place of a single output."""
+        found = [i for i, (made, _) in enumerate(self.calls) if made is out] or ([0] if len(self.calls) == 1 else [])
+        x = self.calls[found[0]][1] if found else None
+        self.calls = self.calls[found[0] + 1 :] if found else []
+        return x
 
 
 class Ghost(nn.Module):
     """`out + alpha * BN(conv1x1(x))`, stride and groups as in the convolution beside it, in the channels that are `alive`.
 
-    `phase` is "live", "dormant" (alpha is 0: no convolution runs, but the parameters stay) or "quiet" (as if absent).
+    Silent until `GhostSkip.advance` wakes it, and whenever a state dict without alpha, a plain network's, is loaded; then,
+    and when alpha has come down to 0, no convolution runs, but the parameters stay.
     """
 
     tost_ghost = True  # not a part of the network that masks and reports are about
     alpha: Tensor
     alive: Tensor
 
-    def __init__(self, beside: Any, holder: Holder) -> None:
+    def __init__(self, beside: Any) -> None:
         super().__init__()
         weight: Tensor = beside.weight
         conv, norm = _LAYERS[weight.ndim - 2]
@@ -63,59 +75,66 @@ class Ghost(nn.Module):
         self.conv = conv(beside.in_channels, beside.out_channels, 1, beside.stride, groups=beside.groups, bias=False,
                          **where)  # fmt: skip
         self.norm = norm(beside.out_channels, **where)
-        self.register_buffer("alpha", torch.ones((), **where))
+        self.register_buffer("alpha", torch.zeros((), **where))
         self.register_buffer("alive", torch.ones(beside.out_channels, *[1] * (weight.ndim - 2), **where))
-        self.holder = holder
-        self.phase: Phase = "live"
-        self.strength = 1.0
+        self.holder, self.tost_strength = Holder(), Strength(0.0)
         self.to(weight.device, weight.dtype).train(beside.training)
 
-    def forward(self, x: Tensor, out: Tensor) -> Tensor:
-        if self.phase == "live":
+    def forward(self, x: Tensor | None, out: Tensor) -> Tensor:
+        if self.tost_strength.heard and x is not None:
             branch = self.norm(self.conv(_aligned(x, out, self.conv.stride)))
-            return torch.addcmul(out, branch.to(out.dtype), (self.alpha * self.alive).to(out.dtype))
-        if self.phase == "dormant" and ranks.world() > 1 and torch.is_grad_enabled():
+            alpha = self.tost_strength.now(self.alpha)
+            return torch.addcmul(out, branch.to(out.dtype), (alpha * self.alive).to(out.dtype))
+        if not self.tost_strength.quiet and ranks.world() > 1 and torch.is_grad_enabled():
             # DDP waits for a gradient of every parameter, in every step: give it zeros
             params = [param for param in self.parameters() if not is_part(param)]  # parts that FSDP2 has not gathered
             return out + (torch.stack([param.sum() for param in params]).sum() * 0).to(out.dtype) if params else out
         return out
 
     def set_strength(self, strength: float) -> None:
-        """Set alpha; at 0 the branch goes dormant."""
-        if strength or self.strength:  # once dormant there is nothing to write
-            self.alpha.fill_(strength)
-        self.phase = "live" if strength else "dormant"
-        self.strength = strength
+        """Set alpha, of all ghosts of the model; at 0 the branch is silent."""
+        self.tost_strength.value, self.tost_strength.live = strength, strength != 0
+        self.alpha.fill_(strength)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.setdefault(f"{prefix}alpha", torch.zeros_like(self.alpha))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        alpha = float(self.alpha)
+        self.tost_strength.loaded(self, alpha, alpha != 0)
 
 
 class Tap:
     """Mixin for a convolution whose norm adds the ghost."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if getattr(self, "_is_replica", False):
             raise TostError(
                 "ghost_skip: expected one model per process, got nn.DataParallel, whose threads would mix up the inputs; "
                 "start with torchrun (DistributedDataParallel), or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
             )
-        self.tost_holder.x = x  # type: ignore[attr-defined]
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        self.tost_holder.give(_input(args, kwargs), out)  # type: ignore[attr-defined]
+        return out
 
 
 class AfterNorm:
     """Mixin for the norm behind a tapped convolution."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        out = super().forward(*args, **kwargs)  # type: ignore[misc]
         ghost: Ghost = self.ghost_skip  # type: ignore[attr-defined]
-        x, ghost.holder.x = ghost.holder.x, None
-        return out if x is None else ghost(x, out)
+        source = ghost.holder.take(_input(args, kwargs))
+        return ghost(source, super().forward(*args, **kwargs))  # type: ignore[misc]
 
 
 class AroundConv:
     """Mixin for a convolution with no norm behind it."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.ghost_skip(x, super().forward(x, *args, **kwargs))  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.ghost_skip(_input(args, kwargs), super().forward(*args, **kwargs))  # type: ignore[misc]
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -144,27 +163,28 @@ class GhostSkip(Tweak):
     schedule: Literal["constant", "linear", "cosine", "cubic"] = "linear"
     layers: tuple[str, ...] = Field(("*",), min_length=1)
 
-    def attach(self, model: nn.Module, seed: int) -> None:
+    def attach(self, model: nn.Module, seed: int, ignore: Sequence[str] = ()) -> None:
+        if Strength.of(_walk(model)) is not None:
+            return  # a copy of an attached model brings its ghosts along
         modules = dict(plain_modules(model))
-        norms, stem = pairs(model)
+        found = trace(model)
+        norms = pairs(model, found)
+        stem = found.order[0] if found and found.order else next(iter(norms), None)
         spatial = [path for path in norms if path != stem and max(modules[path].kernel_size) > 1]  # type: ignore
-        chosen = [path for path in spatial if any(fnmatchcase(path, glob) for glob in self.layers)]
         if not spatial:
             raise Inapplicable(
                 f"ghost_skip: expected a convolution with a kernel above 1 besides the stem, got none in "
                 f"{type(model).__name__}; leave ghost_skip out, or mark it `optional: true`"
             )
-        if not chosen:
-            raise TostError(
-                f"ghost_skip.layers: expected globs that match a spatial convolution, got "
-                f"{list(self.layers)!r}; there are {some(spatial)}"
-            )
+        chosen = matching(spatial, self.layers, "ghost_skip", "a spatial convolution")
+        chosen = in_training(model, chosen, ignore, found, "ghost_skip")
         taken: set[nn.Module] = set()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPUs' generators too
             for path in chosen:
                 norm = norms[path]
                 _add(modules[path], None if norm is None else modules[norm], taken)
+        Strength.of(_walk(model))
 
     def check(self, model: nn.Module) -> None:
         owners = {path: module for path, module in model.named_modules() if hasattr(module, "ghost_skip")}
@@ -184,11 +204,10 @@ class GhostSkip(Tweak):
 
     def advance(self, model: nn.Module, clock: Clock) -> None:
         alpha = SCHEDULES[self.schedule](1.0, 0.0)(clock.progress(self.until))
-        first = next(_walk(model), None)
-        if first is None or (alpha == 0 and first.phase == "dormant" and not first.strength):
-            return  # over: nothing to write, and a walk through the modules in every step is not free
-        for ghost in ghosts(model):
-            ghost.set_strength(alpha)
+        strength = Strength.of(_walk(model))  # of the first: a walk through all modules in every step is not free
+        if strength is not None and strength.follow(clock.step, alpha, alpha != 0):
+            for ghost in ghosts(model):
+                ghost.alpha.fill_(alpha)
 
     def detach(self, model: nn.Module) -> None:
         for module in model.modules():
@@ -196,24 +215,19 @@ class GhostSkip(Tweak):
                 restore(module, Tap)
                 del module.tost_holder
         for module in list(model.modules()):
-            if isinstance(getattr(module, "ghost_skip", None), Ghost):
+            if isinstance(ghost := getattr(module, "ghost_skip", None), Ghost):
+                ghost.tost_strength.end(ghost)
                 restore(module, AfterNorm)
                 restore(module, AroundConv)
                 del module.ghost_skip
 
     @contextmanager
     def quiet(self, model: nn.Module) -> Iterator[None]:
-        phases = [(ghost, ghost.phase) for ghost in ghosts(model)]
-        for ghost, _ in phases:
-            ghost.phase = "quiet"
-        try:
+        with quiet(Strength.of(_walk(model))):
             yield
-        finally:
-            for ghost, phase in phases:
-                ghost.phase = phase  # type: ignore[assignment]
 
     def companions(self, model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        return [(param, conv.weight) for ghost, conv in self._beside(model) for param in ghost.parameters()]
+        return [(param, _weight(conv)) for ghost, conv in self._beside(model) for param in ghost.parameters()]
 
     def _beside(self, model: nn.Module) -> list[tuple[Ghost, Any]]:
         """Each ghost and the convolution that it stands beside."""
@@ -222,7 +236,9 @@ class GhostSkip(Tweak):
         return [(ghost, around.get(id(ghost)) or convs[id(ghost.holder)]) for ghost in ghosts(model)]
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        return {"tost/ghost_skip/alpha": next((ghost.strength for ghost in _walk(model)), 0.0)}
+        return {
+            "tost/ghost_skip/alpha": next((g.tost_strength.value * g.tost_strength.live for g in _walk(model)), 0.0)
+        }
 
 
 def ghosts(model: nn.Module) -> list[Ghost]:
@@ -237,16 +253,21 @@ def _walk(model: nn.Module) -> Iterator[Ghost]:
 def _add(conv: Any, norm: Any, taken: set[nn.Module]) -> None:
     if isinstance(getattr(norm, "drop", None), nn.Module) and hasattr(norm, "act"):
         norm = norm.drop  # timm fuses norm and activation: the ghost belongs between them, and `drop` runs there
-    holder = Holder()
     if norm is None or norm in taken:
-        conv.ghost_skip = Ghost(conv, holder)
+        conv.ghost_skip = Ghost(conv)
         swap(conv, AroundConv)
         return
     taken.add(norm)
-    conv.tost_holder = holder
-    norm.ghost_skip = Ghost(conv, holder)
+    norm.ghost_skip = Ghost(conv)
+    conv.tost_holder = norm.ghost_skip.holder
     swap(conv, Tap)
     swap(norm, AfterNorm)
+
+
+def _weight(conv: nn.Module) -> nn.Parameter:
+    """The convolution's weight, or the largest of the parameters that a parametrisation makes it from."""
+    own = (param for _, module in plain_modules(conv) for param in module.parameters(recurse=False))
+    return conv.weight if "weight" in conv._parameters else max(own, key=torch.numel)  # type: ignore[return-value]
 
 
 def _aligned(x: Tensor, out: Tensor, stride: tuple[int, ...]) -> Tensor:

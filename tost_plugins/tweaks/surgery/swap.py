@@ -6,7 +6,10 @@ class it had. Optimizers, aliases, EMA copies, `deepcopy` and `pickle` keep work
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -51,8 +54,22 @@ def _base(module: nn.Module) -> type:
 
 @functools.cache
 def _combined(base: type, mixins: tuple[type, ...]) -> type:
-    def __reduce__(self: nn.Module) -> tuple:
-        return _rebuild, (base, mixins), self.__dict__
+    special = hasattr(
+        base, "__deepcopy__"
+    )  # torch.fx makes a class for every copy, and leaves out what it did not know
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple:
+        with _as(self, base):
+            make, args, *rest = self.__reduce_ex__(protocol)
+        return (_rebuild, (mixins, self._buffers if special else {}, make, *args), *rest)
+
+    def __deepcopy__(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        with _as(self, base):
+            twin = _rebuild(mixins, copy.deepcopy(self._buffers, memo), copy.deepcopy, self, memo)
+        twin.__dict__ |= {
+            name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name not in vars(twin)
+        }
+        return twin
 
     chain = type(base.__name__, (*mixins, base), {})
 
@@ -63,7 +80,7 @@ def _combined(base: type, mixins: tuple[type, ...]) -> type:
         return (chain if isinstance(self, chain) else type(self)).forward(self, *args, **kwargs)
 
     names = {
-        "__reduce__": __reduce__,
+        "__reduce_ex__": __reduce_ex__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -71,9 +88,26 @@ def _combined(base: type, mixins: tuple[type, ...]) -> type:
         "tost_base": base,
         "tost_mixins": mixins,
     }
+    if special:
+        names["__deepcopy__"] = __deepcopy__
     return type(base.__name__, (chain,), names)
 
 
-def _rebuild(base: type, mixins: tuple[type, ...]) -> nn.Module:
-    cls = _combined(base, mixins)
-    return cls.__new__(cls)  # type: ignore[call-overload]
+@contextlib.contextmanager
+def _as(module: nn.Module, cls: type) -> Iterator[None]:
+    own, module.__class__ = type(module), cls
+    try:
+        yield
+    finally:
+        module.__class__ = own
+
+
+def _rebuild(
+    mixins: tuple[type, ...], buffers: dict[str, Any], make: Callable[..., nn.Module], *args: Any
+) -> nn.Module:
+    """The module as its own class makes it, with the buffers that it may lack, and with the mixins on."""
+    module = make(*args)
+    for name in buffers.keys() - vars(module).get("_buffers", buffers).keys():
+        module._buffers[name] = buffers[name]
+    module.__class__ = _combined(type(module), mixins)
+    return module

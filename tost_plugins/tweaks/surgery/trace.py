@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -29,11 +31,17 @@ _SIZES = (32, 64, 224, 8)
 @dataclass
 class Trace:
     """`reader[conv]` is the path of the norm that reads this convolution's output, unchanged, at each of its calls;
-    `order` lists the convolutions as they run; `relu_callers` are the modules whose own forward calls relu as a function."""
+    `order` lists the convolutions as they run; `relu_callers` are the modules whose own forward calls relu as a function;
+    `reached` says of convolutions, nn.ReLUs and relu callers whether gradients pass through their results."""
 
     reader: dict[str, str] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     relu_callers: list[str] = field(default_factory=list)
+    reached: dict[str, bool] = field(default_factory=dict)
+
+    def note(self, path: str, output: Tensor) -> None:
+        """Count gradients that pass; without any runs a checkpointed part too, which trains all the same."""
+        self.reached[path] = self.reached.get(path, False) or output.requires_grad or not torch.is_grad_enabled()
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -60,30 +68,33 @@ def trace(model: nn.Module) -> Trace | None:
     return None
 
 
-def pairs(model: nn.Module) -> tuple[dict[str, str | None], str | None]:
-    """Convolution -> the norm that reads it (None: no norm), for all convolutions, and the path of the stem.
-
-    Where the network cannot be traced, the norm that follows among the convolution's siblings is taken.
-    """
-    modules = dict(plain_modules(model))
-    convs = [path for path, module in modules.items() if isinstance(module, CONVOLUTIONS)]
-    found = trace(model)
+def pairs(model: nn.Module, found: Trace | None) -> dict[str, str | None]:
+    """Convolution -> the norm that reads it (None: no norm), for all that run; for all there are where nobody knows."""
     if found is None or not found.order:
-        return {path: _sibling(modules, path) for path in convs}, (convs[0] if convs else None)
-    return {path: found.reader.get(path) for path in convs if path in found.order}, found.order[0]
+        return dict.fromkeys(path for path, module in plain_modules(model) if isinstance(module, CONVOLUTIONS))
+    return {path: found.reader.get(path) for path, _ in plain_modules(model) if path in found.order}
 
 
 def _without_storage(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {
-        id(param): nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
+        id(param): nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
         for param in model.parameters()
     }
     memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
-    twin = copy.deepcopy(model, memo).eval()
+    twin = copy.deepcopy(model, memo)
     for module in twin.modules():  # hooks are copied as they are: they would show the user what is not real
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(_fit)
     return twin
+
+
+def _fit(linear: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """A network that flattens works at one size of images only; what it does with them is the same at any other."""
+    if not args or args[0].shape[-1] == linear.in_features:
+        return None
+    return (args[0].sum(-1, keepdim=True).expand(*args[0].shape[:-1], linear.in_features), *args[1:])
 
 
 def _features(model: nn.Module) -> int:
@@ -99,11 +110,29 @@ def _calls(model: nn.Module, image: Tensor) -> Iterator[Callable[[], Any]]:
 
 def _attempt(model: nn.Module, image: Tensor) -> Trace | None:
     for run in _calls(model, image):
-        record = Trace()
-        with contextlib.suppress(Exception), torch.no_grad(), _recording(model, record), _without_traces():
-            run()
-            return record
+        found = _observe(model.eval(), run)
+        if found is not None:
+            training = _observe(model.train(), run)
+            return found if training is None else _agreed(found, training)
     return None
+
+
+def _observe(model: nn.Module, run: Callable[[], Any]) -> Trace | None:
+    record = Trace()
+    with contextlib.suppress(Exception), torch.enable_grad(), _recording(model, record), _without_traces():
+        run()
+        return record
+    return None
+
+
+def _agreed(found: Trace, training: Trace) -> Trace:
+    """What holds in eval and in train mode."""
+    for conv, norm in list(found.reader.items()):
+        if conv in training.order and training.reader.get(conv) != norm:
+            del found.reader[conv]
+    found.relu_callers += [path for path in training.relu_callers if path not in found.relu_callers]
+    found.reached |= {path: found.reached.get(path, False) or passes for path, passes in training.reached.items()}
+    return found
 
 
 @contextlib.contextmanager
@@ -111,12 +140,15 @@ def _without_traces() -> Iterator[None]:
     """A failed attempt is no news, and random numbers that a forward pass draws are put back."""
     level = logging.root.manager.disable
     logging.disable(max(level, logging.WARNING))
+    python, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
+        random.setstate(python)
+        np.random.set_state(numpy_state)
 
 
 class _FindRelus(TorchFunctionMode):
@@ -127,10 +159,12 @@ class _FindRelus(TorchFunctionMode):
         self.record, self.inside = record, inside
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        caller = self.inside[-1]
-        if func in RELUS and caller is not None and caller not in self.record.relu_callers:
-            self.record.relu_callers.append(caller)
-        return func(*args, **(kwargs or {}))
+        out, caller = func(*args, **(kwargs or {})), self.inside[-1]
+        if func in RELUS and caller is not None:
+            self.record.note(caller, out)
+            if caller not in self.record.relu_callers:
+                self.record.relu_callers.append(caller)
+        return out
 
 
 @contextlib.contextmanager
@@ -142,38 +176,51 @@ def _recording(model: nn.Module, record: Trace) -> Iterator[None]:
 
     def conv_hook(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            record.note(path, output)
             record.order.append(path)
             made_by.append((output, path))
 
         return hook
 
     def norm_hook(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            source = next((conv for tensor, conv in made_by if args and tensor is args[0]), None)
-            if source is not None:
-                readers.append((source, path))
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            for tensor, conv in made_by:
+                if (
+                    args and tensor is args[0] and tensor.shape == getattr(output, "shape", None)
+                ):  # some turn channels over
+                    readers.append((conv, path))
 
         return hook
 
     def enter_hook(path: str | None) -> Callable[..., None]:
         return lambda *_: inside.append(path)
 
-    def leave_hook(*_: Any) -> None:
-        inside.pop()
+    def leave_hook(path: str | None) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            inside.pop()
+            if path is not None:
+                record.note(path, output)
+
+        return hook
 
     for path, module in plain_modules(model):
-        handles.append(module.register_forward_pre_hook(enter_hook(None if isinstance(module, _RELUS) else path)))
-        handles.append(module.register_forward_hook(leave_hook))
+        relu = isinstance(module, _RELUS)
+        handles.append(module.register_forward_pre_hook(enter_hook(None if relu else path)))
+        handles.append(module.register_forward_hook(leave_hook(path if relu else None)))
         if isinstance(module, CONVOLUTIONS):
             handles.append(module.register_forward_hook(conv_hook(path)))
         elif is_norm(module):
-            handles.append(module.register_forward_pre_hook(norm_hook(path)))
+            handles.append(module.register_forward_hook(norm_hook(path)))
     try:
         with _FindRelus(record, inside):
             yield
     finally:
         for handle in handles:
             handle.remove()
+    _pair(record, readers)
+
+
+def _pair(record: Trace, readers: list[tuple[str, str]]) -> None:
     norms = {norm for _, norm in readers}
     for conv in dict.fromkeys(record.order):
         # a convolution with a norm per call, as detection heads have, hands its input over to none of them
@@ -181,15 +228,3 @@ def _recording(model: nn.Module, record: Trace) -> Iterator[None]:
         if len(set(found)) == 1 and len(found) == record.order.count(conv) and found[0] in norms:
             record.reader[conv] = found[0]
             norms.discard(found[0])  # a norm that several convolutions share serves the first
-
-
-def _sibling(modules: dict[str, nn.Module], path: str) -> str | None:
-    parent, _, name = path.rpartition(".")
-    siblings = list(modules[parent].named_children())
-    after = siblings[[child for child, _ in siblings].index(name) + 1 :]
-    for child, module in after:
-        if isinstance(module, CONVOLUTIONS):
-            return None
-        if is_norm(module):
-            return f"{parent}.{child}" if parent else child
-    return None
