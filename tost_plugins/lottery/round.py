@@ -59,6 +59,7 @@ class Round:
         parts = (self.model, optimizer, *others)
         step = self._restore(parts)
         weights.zero()
+        weights.forget(optimizers)
         weights.follow()
         stop = optimizers.follow(lambda _: weights.before_step(), weights.zero, weights.zero)
         try:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tost_plugins.errors import TostError
 from tost_plugins.masks.base import Moving
-from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.topk import count_true
 from tost_plugins.session import buffers
 from tost_plugins.session.masked_weights import MaskedWeights
@@ -33,16 +33,10 @@ class MovingWeights(MaskedWeights):
         self.changed: Tensor = getattr(model, buffers.CHANGED)
         self.clock = Clock()
         self._frozen: list[str] = []  # layers that did not train when the mask last moved
+        self._total: Any = self._count  # how many weights are kept, on the device
         self._numbers: tuple[int, dict[str, float]] | None = None  # what is logged; None: it has moved since
         self._moved_at = -1  # the step at whose gradients the mask has moved: a closure may come by twice
         self._revealed = False  # whether hidden weights are in the network, between gradients and step
-
-    @property
-    def mask(self) -> Mask:
-        """What is kept now, on the CPU."""
-        if self._mask is None:
-            self._mask = Mask(self.masks)
-        return self._mask
 
     @property
     def count(self) -> int:
@@ -120,8 +114,11 @@ class MovingWeights(MaskedWeights):
 
     def _logged(self) -> tuple[int, dict[str, float]]:
         if self._numbers is None:
-            kept, seen = (sum(int(count_true(mask)) for mask in masks.values()) for masks in (self.masks, self.seen))
-            self._numbers = kept, {"tost/mask/changed": float(self.changed), "tost/mask/explored": seen / self.size}
+            seen = sum(int(count_true(mask)) for mask in self.seen.values())
+            self._numbers = (
+                int(self._total),
+                {"tost/mask/changed": float(self.changed), "tost/mask/explored": seen / self.size},
+            )
         return self._numbers
 
     @torch.no_grad()
@@ -138,10 +135,11 @@ class MovingWeights(MaskedWeights):
         new = self.method.update(moving, weights, grads, clock, generator) if moving else {}
         if not self.hides:
             new = ranks.broadcast(new, next(iter(self.weights.values())).device)
-        counts = []
+        counts, more = [], []
         for name, mask in new.items():
             changed = mask ^ self.masks[name]
             counts.append(count_true(changed))
+            more.append(count_true(mask) - count_true(self.masks[name]))
             if optimizers is not None:
                 weight, idle = self.weights[name], ~(mask | self.masks[name])
                 optimizers.renew(weight, *(sharding.local(sharding.like(part, weight)) for part in (changed, idle)))
@@ -149,6 +147,7 @@ class MovingWeights(MaskedWeights):
             self.kept[name].copy_(sharding.like(mask, self.kept[name]))
             self.seen[name].logical_or_(mask)
         self.changed.fill_(sum(counts))
+        self._total += sum(more)
         self._mask = self._numbers = None
 
     def _say_frozen(self, frozen: list[str]) -> None:

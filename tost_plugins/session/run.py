@@ -67,7 +67,10 @@ class Run:
     def notice_loading(self) -> None:
         """A clock buffer that somebody else wrote means that a checkpoint was loaded: go on from there."""
         if self.saved.was_loaded:
-            say_resumed(self.recipe, self.given_mask, buffers.read_clock(self.model), self.clock, self._saved_mask())
+            if self.saved.step or self.clock.step:  # before the first step a trainer may have written its own time
+                say_resumed(
+                    self.recipe, self.given_mask, buffers.read_clock(self.model), self.clock, self._saved_mask()
+                )
             self._set(self.saved.load(self.clock))
             impose(self.model, self.recipe.mask, self.given_mask, self.params)
             self.take_mask()

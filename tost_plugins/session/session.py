@@ -144,7 +144,7 @@ class Session:
         self._expect("before_step")
         if self.state == "running":
             self.run.look(f"step {self.clock.step}")
-            self._check_first()
+            self.smoothing.check()
         if check_finite and self.optimizers is not None:
             checks.gradients(self.model, self.optimizers, self.clock)
         self.weights.before_step(self.optimizers, check_finite)
@@ -156,20 +156,19 @@ class Session:
         """
         self._expect("after_step")
         if self.state == "running":
-            self._check_first()  # with a closure there is no moment before the step
+            self.smoothing.check()  # with a closure there is no moment before the step
             self.run.step(step, self.optimizers)
         else:
             self.weights.zero()
 
     def conceal(self) -> None:
-        """Take removed weights that train out of sight out of the network again: part of `after_step`, and to be called
-        in its place where an optimizer has skipped the step by itself, or was interrupted."""
+        """Take removed weights that train out of sight out of the network again: part of `after_step`; to be called in its
+        place where a step was skipped or interrupted."""
         if self.run.weights is not None:
             self.run.weights.conceal()
 
     def release(self) -> None:
-        """Let gradients be: a loop is over. Part of `finish`, and to be called where a finished session has trained on;
-        `start` takes them up again."""
+        """Let gradients be: a loop is over. Part of `finish`; to be called where a finished session has trained on."""
         if self.run.weights is not None:
             self.run.weights.release()
 
@@ -211,19 +210,17 @@ class Session:
     ) -> contextlib.AbstractContextManager[Session]:
         """`with session.drive(optimizer, train_loader, total_steps=...)`: a plain loop inside trains sparse; on leaving
         without an error the session finishes. The arguments are those of `start`."""
-        how = {"forward": forward, "criterion": criterion}
+        how: dict[str, Any] = {"forward": forward, "criterion": criterion}
         return drive(self, optimizer, batches, loss_fn, total_steps, steps_per_epoch, **how)
 
     def criterion(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-        """The training loss: `loss_fn` with smoothed labels if the recipe smooths them and the model is in training mode,
-        a module then; else `loss_fn` itself. `loss_fn` may be any callable that returns a loss, also one that runs a model
-        which computes its own. Raises TostError for one that smooths labels itself, unless smoothing is optional."""
+        """The training loss: `loss_fn`, any callable that returns a loss, as a module that smooths labels while the model trains;
+        itself if the recipe smooths none. Raises TostError for one that smooths already, unless that is optional."""
         return self.smoothing.criterion(loss_fn)
 
     def plain(self, average: nn.Module) -> nn.Module:
-        """Once finished: the plain sparse network with the weights and statistics of `average`, a copy of the attached model
-        such as torch's AveragedModel or an EMA keeps. A mask that has moved is the last one. Raises TostError for a copy
-        from before attach."""
+        """Once finished: the plain sparse network with the weights and statistics of `average`, a copy of the attached model as
+        AveragedModel or an EMA keeps; a mask that has moved is the last one. Raises TostError for one from before attach."""
         if self.state != "finished":
             raise TostError(f"plain: expected a finished session, got one that is {self.state}; call finish() first")
         return averages.plain(self.model, self.mask, average)
@@ -249,7 +246,7 @@ class Session:
 
     @property
     def moving(self) -> Moving | None:
-        """The recipe's mask method, if it moves the mask while the network trains."""
+        """The recipe's mask method, if it moves the mask."""
         return self.recipe.mask if isinstance(self.recipe.mask, Moving) else None
 
     @property
@@ -259,8 +256,7 @@ class Session:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the network computes what it will when finished: no ghost and no soft activation is at work. The best
-        checkpoint, and any other that the network is to be taken from, should be one of such a moment."""
+        """Whether no ghost and no soft activation is at work; take the best checkpoint from such a moment."""
         return self.state in ("new", "finished") or not self.tweaks.at_work()
 
     def report(self, rows: bool = True) -> Report:
@@ -288,15 +284,9 @@ class Session:
         """The step that the model's own buffer holds: that of a loaded checkpoint; -1 before the first start."""
         return self.run.saved.step
 
-    # ---- inside
-
     def _expect(self, call_name: str) -> None:
         if self.state not in _MAY[call_name]:
             raise TostError(
                 f"{call_name}: expected a session that is {' or '.join(_MAY[call_name])}, got one that is {self.state}; "
                 f"the order is attach, start, before_step / after_step, finish"
             )
-
-    def _check_first(self) -> None:
-        if not self.run.saved.stepped:
-            self.smoothing.check()

@@ -77,8 +77,8 @@ class Smoothing:
             self._twins.__exit__(None, None, None)
 
     def check(self) -> None:
-        """Around a session's first step: that some training loss has been smoothed by then."""
-        if self.tweak is not None and not self.seen:
+        """By a session's first step some training loss has been smoothed; else leave smoothing out, or raise TostError."""
+        if not self.seen and not self.session.run.saved.stepped and self.tweak is not None:
             self._unfit("never came by", self.remedy)
 
     def leave_out(self, error: TostError, why: str) -> None:

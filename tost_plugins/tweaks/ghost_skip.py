@@ -145,7 +145,7 @@ class GhostSkip(Tweak):
     none does). `alpha` is 1 at the start and 0 from `until` on; then the branch costs nothing, and `detach` removes it.
     A channel that is constant in the sparse network gets no ghost: see `alive_channels`.
 
-    Fields: `until`, when alpha reaches 0; `schedule`, its curve (a name from `tost_plugins.schedules.SCHEDULES`);
+    Fields: `until`, when alpha reaches 0; `schedule`, its curve (a name from `tost_plugins.training.schedules.SCHEDULES`);
     `layers`, globs of the convolutions that get a ghost.
 
     Paper: "Training Your Sparse Neural Network Better with Any Mask" (Jaiswal et al., ICML 2022), section 3.
