@@ -216,8 +216,8 @@ def kth_lowest(flat: Tensor, k: int, above: Tensor | None = None) -> Tensor:
     edge between them and the others tells far more than its ranks.
     """
     size = flat.numel()
-    tries = () if size < _LONG else (_bracket,) if above is None else (_edge, _bracket)
-    for bracket in tries:
+    tries = [_edge] if above is not None and size >= _SAMPLE else []
+    for bracket in tries + ([_bracket] if size >= _LONG else []):
         low, high = bracket(flat, k, above)
         over = flat > low
         skipped = size - int(count_true(over))
@@ -241,9 +241,7 @@ def _edge(flat: Tensor, k: int, above: Any) -> tuple[Tensor, Tensor]:
     stride = flat.numel() // _SAMPLE
     sample = flat[::stride].contiguous()
     over = above[::stride]
-    if not bool(over.any()) or bool(over.all()):
-        return sample.new_tensor(math.inf), sample.new_tensor(math.inf)
-    ends = torch.stack([sample[over].min(), sample[~over].max()])
+    ends = torch.stack([sample.masked_fill(~over, math.inf).min(), sample.masked_fill(over, -math.inf).max()])
     return ends.min() * (1 - _APART), ends.max() * (1 + _APART)
 
 

@@ -94,6 +94,7 @@ class MovingWeights(MaskedWeights):
             self._move({}, clock, None if self.hides else optimizers)
         if hid and not self.hides:  # what trained out of sight is gone for good
             self.forget(optimizers)
+            torch._foreach_zero_(list(self._hidden().values()))
         self.conceal()
 
     @torch.no_grad()
@@ -165,9 +166,7 @@ class MovingWeights(MaskedWeights):
                 f"mask {self.method.kind}: expected one gradient for each step, got a second one while all weights "
                 f"are in the network (SAM and LBFGS take several); use another optimizer, or a mask that does not hide"
             )
-        hidden = list(self._hidden().values())
-        torch._foreach_add_(list(self.weights.values()), hidden)
-        torch._foreach_zero_(hidden)
+        torch._foreach_add_(list(self.weights.values()), list(self._hidden().values()))
         self._revealed = True
 
     @torch.no_grad()
