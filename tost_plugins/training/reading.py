@@ -163,12 +163,12 @@ class _Trace:
             loader._iterator = None
 
 
-def generators(owner: Any) -> list[Callable[[], None]]:
+def generators(owner: Any) -> list[Callable[[], Any]]:
     """What puts back each random generator that an object holds as an attribute."""
     return [undo for part in vars(owner).values() if (undo := _undo(part)) is not None]
 
 
-def _undo(part: Any) -> Callable[[], None] | None:
+def _undo(part: Any) -> Callable[[], Any] | None:
     """What puts a random generator of torch, numpy or Python back where it is now; None for anything else."""
     if isinstance(part, torch.Generator):
         return partial(part.set_state, part.get_state())

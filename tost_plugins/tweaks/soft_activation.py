@@ -127,7 +127,8 @@ def _in_checkpointed_function() -> bool:
 
 
 def _unseen(input: Tensor, inplace: bool = False) -> Tensor:
-    return torch.ops.aten.relu_(input) if inplace else torch.ops.aten.relu(input)
+    aten: Any = torch.ops.aten
+    return aten.relu_(input) if inplace else aten.relu(input)
 
 
 def _unseen6(input: Tensor, inplace: bool = False) -> Tensor:
@@ -221,9 +222,9 @@ class SoftActivation(Tweak):
             yield
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        strength = next((module.tost_strength for module in _walk(model)), None)  # they have one between them
-        live = strength is not None and strength.live  # type: ignore[union-attr]
-        beta = strength.value if live else self.beta[1]  # type: ignore[union-attr]
+        strength: Any = next((module.tost_strength for module in _walk(model)), None)  # they have one between them
+        live = bool(strength and strength.live)
+        beta = strength.value if strength and live else self.beta[1]
         return {"tost/soft_activation/beta": beta, "tost/soft_activation/active": float(live)}
 
 
