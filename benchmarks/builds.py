@@ -20,6 +20,10 @@ Each build is a process of its own that takes a step when it is its turn, so tha
 a step with a random mask of sparsity 0.9; "dnw": with DNW at 0.9; "start": `Session.start` with a given mask of sparsity 0.9;
 "metrics": `session.metrics()` after a step of DNW, which trainers log. For vgg16_bn, nearly all of whose time goes into its
 134 million weights, 1.5 is wanted of DNW.
+
+Why limits are missed: a static mask passes over memory three times (gradients as they arrive, their check for NaN, weights after
+the step); the older build looked at a 64th of each large layer, which left removed weights nonzero under some optimizers. DNW
+passes over it a dozen times. Processes of one build differ by some percent among themselves.
 """
 OLD = "TOST_OLDER_BUILD"  # the environment variable that names the folder of the older checkout
 RATIOS = [

@@ -54,7 +54,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dnw, frozen": moving("dnw", freeze="1ba"),
     "gradual, over": moving("gradual", until="1ba"),
 }
-LIMITS = {"static": 1.02, "all tweaks": 1.35, "after the ghosts": 1.03, "dnw": 1.35}
+LIMITS = {"static": 1.02, "all tweaks": 1.35, "after the ghosts": 1.03, "dnw": 1.20}
 RATIOS = [
     Ratio("untouched again", "untouched again", "untouched"),
     *(Ratio(name, name, "untouched", most=LIMITS.get(name)) for name in RECIPES if name not in ("rigl", "set")),

@@ -130,6 +130,7 @@ def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
     if f"{prefix}{CLOCK}" in state_dict:
         _leave_out_masks(module, state_dict, prefix)
         _fill_in_masks(module, state_dict, prefix)
+        _check_masks(module, state_dict, prefix)
         return
     for name, value in module.state_dict().items():
         if _of_a_session(name) and name.rpartition(".")[2] not in ("alpha", "tost_beta"):
@@ -167,6 +168,18 @@ def _fill_in_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -
             state_dict |= {f"{start}{k}": torch.full_like(buffer, k != HIDDEN) for k, buffer in kept.items()}
     if dense:
         say(f"checkpoint: without masks for {len(dense)} Conv1D layers, which stay dense: {some(dense, 3)}")
+
+
+def _check_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Raise TostError where a run's clock comes without its masks: weights under other names would stay what they are, too."""
+    own = [name for name in module.state_dict() if name.rpartition(".")[2] == MASK]
+    missing = [name for name in own if f"{prefix}{name}" not in state_dict]
+    if missing:
+        raise TostError(
+            f"checkpoint: expected masks under the model's own names, got a run's clock without {some(missing, 3)}; transformers "
+            f"writes some models (ViT, Swin, SegFormer) under other names than it loads: begin a new run with "
+            f"from_pretrained(folder), or keep model.state_dict() yourself"
+        )
 
 
 def _of_a_session(name: str) -> bool:
