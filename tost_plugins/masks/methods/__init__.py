@@ -1,5 +1,5 @@
 """One file for each way to find a mask, and the registry: a recipe's `kind` -> its class. A new method is one file and one
-row here; nothing else changes.
+row here, an entry in `OPTIONS` of tests/mask_nets.py, by which the laws run over it, and a row in docs/masks.md.
 
 May import: errors, training, files, masks.
 """
