@@ -221,6 +221,37 @@ def test_sam_by_two_calls_is_one_step(mask: str) -> None:
             assert session.clock.step == number and not outside(session)
 
 
+class SamByClosure(Sam):
+    """The same in one call, which takes the second gradient from the closure."""
+
+    def step(self, closure: Any) -> None:
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_sam_by_a_closure_is_one_step(mask: str) -> None:
+    net = Digits()
+    made, session = SamByClosure(sgd(net.parameters())), Session(net, {"mask": MASKS[mask]})
+    hidden = []
+    with session.drive(made, total_steps=STEPS):
+        for number, (x, y) in enumerate(digits(STEPS), 1):
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                made.base.zero_grad()
+                loss = F.cross_entropy(net(x), y)
+                loss.backward()
+                return loss
+
+            closure()
+            made.step(closure)
+            assert session.clock.step == number and not outside(session)
+            hidden.append(sum(float(b.abs().sum()) for name, b in net.named_buffers() if name.endswith("hidden")))
+    assert [value > 0 for value in hidden] == [mask == "dnw"] * STEPS  # what trains out of sight is still there
+
+
 def test_the_first_of_two_optimizers_may_step_less_often() -> None:
     net = Digits()
     seldom, often = two(net.parameters())
