@@ -332,4 +332,4 @@ def test_what_cannot_be_told_is_left_alone_and_said_once(caplog: pytest.LogCaptu
                 assert all(torch.equal(now[name], before[name]) for name in now)
             before = now
     said = [record.message for record in caplog.records if "cannot be told" in record.message]
-    assert len(said) == 1 and said[0].startswith("Rotated: the mask moves, and what 'second' holds")
+    assert len(said) == 1 and said[0].startswith("Rotated: what 'second' holds for a single weight")
