@@ -113,8 +113,8 @@ class Optimizers:
                 elif key not in self._unknown:
                     self._unknown.add(key)
                     say(
-                        f"{type(optimizer).__name__}: what {key!r} holds for a single weight cannot be told, so it is left as it is; "
-                        f"weights that come back start with what it remembers"
+                        f"{type(optimizer).__name__}: what {key!r} holds for a single weight cannot be told and is left "
+                        f"as it is; weights that come back start with what it remembers"
                     )
 
     # ---- steps
