@@ -1,5 +1,6 @@
-"""Masks: what one is (`mask`), how it is chosen (`allocation`, `topk`, `scoring`), and every method that finds one
-(`methods`, a file and a registry row each). `find` is the one call for users. Nothing here knows tweaks, sessions or recipes.
+"""Masks: what one is (`mask`), how it is chosen (`allocation`, `topk`, `scoring`), what one connects (`paths`), and every
+method that finds one (`methods`, a file and a registry row each). `find` is the one call for users, `live` says which of its
+weights lie on a path. Nothing here knows tweaks, sessions or recipes.
 
 May import: errors, training, files.
 """
@@ -7,5 +8,6 @@ May import: errors, training, files.
 from tost_plugins.masks.find import find, run
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods import MASKS
+from tost_plugins.masks.paths.connectivity import live
 
-__all__ = ["MASKS", "Mask", "find", "run"]
+__all__ = ["MASKS", "Mask", "find", "live", "run"]

@@ -3,7 +3,7 @@ takes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def _candidates(task: Task, shape: Shape | None) -> Iterator[Any]:
             yield _like({key: value for key, value in one.items() if key not in LABELS}, shape, 1)
         yield _like(one, shape, inputs_in(one, task.model) if task.forward is call else 1)
         return
-    for guess in [shape] if shape is not None else _shapes(task.model):
+    for guess in [shape] if shape is not None else shapes(task.model):
         ones = torch.ones(1, *guess, dtype=torch.float64, device=task.device)
         yield ones, torch.zeros(1, dtype=torch.long, device=task.device)
 
@@ -89,11 +89,11 @@ def total(outputs: Any) -> Tensor:
     return main_of(outputs).sum()
 
 
-def _shapes(model: nn.Module) -> Iterator[Shape]:
+def shapes(model: nn.Module, sides: Sequence[int] = _SIDES) -> Iterator[Shape]:
     """Shapes of one sample that the first layer takes."""
     first: Any = next(module for _, module in plain_modules(model) if is_layer(module))
     if isinstance(first, nn.Linear) or is_transposed(first):
         yield (first.weight.shape[0 if is_transposed(first) else 1],)
     else:
         kernel = len(first.kernel_size)
-        yield from ((first.in_channels, *[side] * kernel) for side in _SIDES)
+        yield from ((first.in_channels, *[side] * kernel) for side in sides)

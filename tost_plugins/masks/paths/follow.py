@@ -1,0 +1,147 @@
+"""One forward pass of a network, written down function by function: what later questions about paths are answered from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from tost_plugins.masks.paths.rules import kind_of
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor of the forward pass, without its numbers. `descends`: from the inputs, otherwise from prunable weights alone;
+    `weight` is the name of the weight that it is."""
+
+    shape: torch.Size
+    descends: bool
+    weight: str | None = None
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A floating-point tensor that descends from no input and no prunable weight: biases, norms, frozen layers."""
+
+    shape: torch.Size
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One function and what it was given, with a Value or a Constant in the place of each tensor of floating point (and in
+    that of every other one that descends from the inputs). A function that nobody could see is None: all that came before may
+    have gone into it. `module` is the path of the innermost module that called it."""
+
+    function: Callable[..., Any] | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: list[Value]
+    module: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The kind of its rule, see `rules`."""
+        return "mix" if self.function is None else kind_of(self.function)
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return getattr(self.function, "__name__", str(self.function))
+
+    @property
+    def ins(self) -> list[Value]:
+        """All that it was given and that descends from an input or a prunable weight."""
+        return [part for part in tree_flatten((self.args, self.kwargs))[0] if isinstance(part, Value)]
+
+
+@dataclass
+class Tape:
+    """The calls of a forward pass in their order, its inputs, its outputs, and where it could not be followed."""
+
+    calls: list[Call] = field(default_factory=list)
+    inputs: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    weights: dict[str, Value] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
+
+
+class Follow(TorchFunctionMode):
+    """Within: calls are written to `tape`. `weights` are the prunable ones by name, as the network is run with them.
+
+    No weight is to have gradients and the inputs are to have them: then a tensor that requires gradients, and that nobody
+    has seen, has come out of something that cannot be followed, such as a compiled function.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.tape = Tape()
+        self._known: dict[int, Value] = {}
+        self._alive: list[Any] = []  # an id is taken only once while its tensor lives
+        self._inside: list[str] = []
+        for name, weight in weights.items():
+            self.tape.weights[name] = self._note(weight, Value(weight.shape, False, name))
+
+    def begin(self, tensor: Tensor) -> None:
+        """An input."""
+        self.tape.inputs.append(self._note(tensor, Value(tensor.shape, True)))
+
+    def end(self, tensor: Tensor) -> None:
+        """An output."""
+        if tensor.requires_grad or id(tensor) in self._known:
+            self.tape.outputs.append(self._value(tensor))
+
+    def enter(self, path: str) -> None:
+        """From now on inside this module."""
+        self._inside.append(path)
+
+    def leave(self) -> None:
+        """Outside of the innermost module again."""
+        self._inside.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        asked = [tensor for tensor in _tensors((args, kwargs)) if id(tensor) in self._known or tensor.requires_grad]
+        values = [self._value(tensor) for tensor in asked]
+        given = tree_map(self._written, args), tree_map(self._written, kwargs)
+        out = func(*args, **kwargs)
+        outs = [args[0]] if kind_of(func) == "write" else list(_tensors(out))
+        if values and outs:
+            descends = any(value.descends for value in values)
+            made = [self._note(tensor, Value(tensor.shape, descends)) for tensor in outs]
+            self.tape.calls.append(Call(func, *given, made, self._inside[-1] if self._inside else ""))
+        elif outs and any(tensor.requires_grad for tensor in outs):
+            for tensor in outs:
+                self._value(tensor)
+        return out
+
+    def _note(self, tensor: Tensor, value: Value) -> Value:
+        self._known[id(tensor)] = value
+        self._alive.append(tensor)
+        return value
+
+    def _value(self, tensor: Tensor) -> Value:
+        """A tensor's value, also that of one which has come from where nobody could see."""
+        if id(tensor) not in self._known:
+            before = tuple(value for value in self._known.values() if value.descends)
+            value = self._note(tensor, Value(tensor.shape, True))
+            self.tape.calls.append(Call(None, before, {}, [value]))
+            self.tape.lost.append(self._inside[-1] if self._inside else "the network's own forward")
+        return self._known[id(tensor)]
+
+    def _written(self, part: Any) -> Any:
+        if not isinstance(part, Tensor):
+            return part
+        if id(part) in self._known:
+            return self._known[id(part)]
+        return Constant(part.shape) if part.is_floating_point() or isinstance(part, nn.Parameter) else part
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    for leaf in tree_flatten(tree)[0]:
+        if isinstance(leaf, Tensor):
+            yield leaf
