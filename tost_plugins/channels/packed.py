@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +21,8 @@ from tost_plugins.files.atomic import replacing
 from tost_plugins.files.tensors import read_tensors
 from tost_plugins.training.params import clean_name, some
 
-#: The key of a packed file's metadata; its value is JSON: "version", the "shapes" of what is packed, the "sizes" of modules.
+#: The key of a packed file's metadata; its value is JSON: "version", "checksum", the "shapes" of what
+#: is packed, the "sizes" of modules that are smaller than in the usual network.
 FORMAT = "tost_packed"
 VERSION = 1
 
@@ -33,11 +36,16 @@ class Packed(NamedTuple):
     sizes: dict[str, dict[str, int]]
 
 
-def save_packed(path: Path, tensors: Mapping[str, Tensor], module_sizes: Mapping[str, Mapping[str, int]] = {}) -> None:
+def save_packed(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    module_sizes: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
+    pack: bool = True,
+) -> None:
     """Write tensors to a packed file; each that becomes smaller so is packed, the others are written as they are.
 
     Reading them back gives the same bits, the sign of a zero too. `module_sizes` are those of a compact network, see
-    `removal.smaller`.
+    `sizes.changed`. Without `pack` all tensors are written as they are, for every reader of safetensors.
     """
     content: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
@@ -45,14 +53,15 @@ def save_packed(path: Path, tensors: Mapping[str, Tensor], module_sizes: Mapping
         tensor = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         rows = _rows(tensor)
         kept = (rows != 0).any(1)
-        if (tensor.numel() + 7) // 8 + int(kept.sum()) * tensor.element_size() < rows.numel():
+        if pack and (tensor.numel() + 7) // 8 + int(kept.sum()) * tensor.element_size() < rows.numel():
             shapes[name] = list(tensor.shape)
             content[_BITS + name] = torch.from_numpy(np.packbits(kept.numpy()))
             tensor = rows[kept].reshape(-1).view(tensor.dtype)
         content[name] = tensor
     if len(content) < len(tensors) + len(shapes):
         raise TostError(f"packed file {path}: expected names without {_BITS!r} in front, got others; rename them")
-    about = json.dumps({"version": VERSION, "shapes": shapes, "sizes": module_sizes})
+    sizes_of = {name: dict(given) for name, given in module_sizes.items()}
+    about = json.dumps({"version": VERSION, "checksum": checksum(content), "shapes": shapes, "sizes": sizes_of})
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_bytes(save(content, metadata={FORMAT: about}))
@@ -78,6 +87,8 @@ def read_packed(path: str | Path) -> Packed:
             )
         if type(about["version"]) is not int or about["version"] < 1:
             raise ValueError("in its version")
+        if about["checksum"] != checksum(content):
+            raise ValueError("other numbers than were written")
         packed = {name: _unpacked(name, shape, content) for name, shape in about["shapes"].items()}
         plain = {name: tensor for name, tensor in content.items() if not name.startswith(_BITS)}
         if len(plain) + len(packed) != len(content):
@@ -89,6 +100,14 @@ def read_packed(path: str | Path) -> Packed:
         raise TostError(
             f"packed file {path}: expected numbers that fit the shapes it names, got a mismatch ({error}); export it again"
         ) from None
+
+
+def checksum(content: Mapping[str, Tensor]) -> int:
+    """Of all names and numbers in a file."""
+    total = 0
+    for name in sorted(content):
+        total = zlib.crc32(_rows(content[name].contiguous()).numpy(), zlib.crc32(name.encode(), total))
+    return total
 
 
 def load_packed(model: nn.Module, path: str | Path) -> nn.Module:

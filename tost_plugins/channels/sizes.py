@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.modules.batchnorm._BatchNorm,)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def resizable(module: nn.Module) -> bool:
-    """Whether it is a layer or a batch norm whose sizes are known here; subclasses may do anything with theirs."""
-    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__[:1]}
-    return isinstance(module, (*_CONVS, nn.Linear, *_NORMS)) and all(name.startswith("torch.nn.") for name in names)
+    """Whether it is a layer of torch's own, or any batch norm."""
+    return type(module) in (*_CONVS, nn.Linear) or isinstance(module, _NORMS)
 
 
 def sizes(module: nn.Module) -> dict[str, int]:
@@ -24,11 +23,13 @@ def sizes(module: nn.Module) -> dict[str, int]:
         >>> sizes(nn.Linear(3, 4))
         {'in_features': 3, 'out_features': 4}
     """
+    if not resizable(module):
+        return {}
     if isinstance(module, nn.Linear):
         return {name: getattr(module, name) for name in ("in_features", "out_features")}
     if isinstance(module, _CONVS):
         return {name: getattr(module, name) for name in ("in_channels", "out_channels", "groups")}
-    return {"num_features": module.num_features} if isinstance(module, _NORMS) else {}
+    return {"num_features": module.num_features}
 
 
 def shapes(module: nn.Module, wanted: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
