@@ -107,6 +107,7 @@ class Recipe(_Strict):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what numpy, and so every trainer, takes
     mask: MaskField  # type: ignore[valid-type]
     tweaks: tuple[TweakField, ...] = ()  # type: ignore[valid-type]
+    compact: bool = False
     watch: WatchField = None
     model: Annotated[str, Field(max_length=200)] = "cifar/resnet20"
     data: DataSpec = DataSpec()
@@ -152,8 +153,8 @@ class Recipe(_Strict):
     @classmethod
     def of(cls, value: Recipe | Mapping[str, Any] | str | Path | None, **overrides: Any) -> Recipe:
         """Whatever a user may give (None is the default recipe), with the overrides `mask` (a kind, a mask file's path
-        or a dict), `sparsity`, `tweaks` (kinds or dicts), `seed` and `watch` (measures, or a dict) applied."""
-        known = ("mask", "sparsity", "tweaks", "seed", "watch")
+        or a dict), `sparsity`, `tweaks` (kinds or dicts), `seed`, `compact` and `watch` (measures, or a dict) applied."""
+        known = ("mask", "sparsity", "tweaks", "seed", "compact", "watch")
         for name in overrides:
             if name not in known:
                 raise unknown("overrides", "override", name, known)
@@ -166,7 +167,7 @@ class Recipe(_Strict):
             content["mask"] = _as_mask(given["mask"], given.get("sparsity"))
         elif "sparsity" in given:
             content["mask"] = {**_as_mask(content.get("mask")), "sparsity": given["sparsity"]}
-        content |= {name: given[name] for name in ("tweaks", "seed", "watch") if name in given}
+        content |= {name: given[name] for name in ("tweaks", "seed", "compact", "watch") if name in given}
         return cls.from_dict(content)
 
     def build(self, model: nn.Module) -> Session:

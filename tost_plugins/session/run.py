@@ -12,6 +12,7 @@ from tost_plugins.masks.base import Moving
 from tost_plugins.masks.mask import Mask
 from tost_plugins.session import buffers, checks
 from tost_plugins.session.active_tweaks import ActiveTweaks
+from tost_plugins.session.compaction import Compaction
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.moving import MovingWeights
 from tost_plugins.session.optimizers import Optimizers
@@ -27,8 +28,11 @@ from tost_plugins.training.task import Task
 class Run:
     """What a session leads: a model's weights under a mask, step after step, from a recipe or from a loaded checkpoint."""
 
-    def __init__(self, model: nn.Module, recipe: Any, given_mask: Mask | None, tweaks: ActiveTweaks) -> None:
+    def __init__(
+        self, model: nn.Module, recipe: Any, given_mask: Mask | None, tweaks: ActiveTweaks, compaction: Compaction
+    ) -> None:
         self.model, self.recipe, self.given_mask, self.tweaks = model, recipe, given_mask, tweaks
+        self.compaction = compaction
         self.clock, self.saved = Clock(), SavedClock(model)
         self.weights: MaskedWeights | None = None
         self.layers: tuple[str, ...] | None = None  # what has masks, from attach on
@@ -46,13 +50,16 @@ class Run:
         resumes = self.saved.step >= 0
         self._set(self.saved.load(clock) if resumes else clock)
         self._watcher = None if self.recipe.watch is None else self.recipe.watch.begin(task, self.clock)
+        self.compaction.follow(replace(task, params=self.params), self.tweaks)
         if resumes:
             say_resumed(self.recipe, self.given_mask, buffers.read_clock(self.model), clock, self._saved_mask())
             fresh = impose(self.model, self.recipe.mask, self.given_mask, self.params)
         else:
             fresh = True
             with sharding.unsharded(self.model):
-                begin(replace(task, params=self.params), self.recipe, self.given_mask, self.tweaks, clock)
+                begin(
+                    replace(task, params=self.params), self.recipe, self.given_mask, self.tweaks, clock, self.compaction
+                )
         weights = self.take_mask(optimizers, fresh)
         if not resumes:
             say_begun(self.recipe, self.given_mask, weights, self.tweaks)
@@ -96,6 +103,7 @@ class Run:
     def take_mask(self, optimizers: Optimizers | None = None, fresh: bool = False) -> MaskedWeights:
         """Take the mask from the model's buffers, and bring all else in line with it."""
         params, method = self.params, self.recipe.mask
+        self.compaction.plan(buffers.beside(self.model, params))
         if isinstance(method, Moving):
             weights = self._keep(MovingWeights(self.model, params, method, self.recipe.seed))
         else:

@@ -14,6 +14,7 @@ from tost_plugins.masks.base import Moving
 from tost_plugins.masks.mask import Mask
 from tost_plugins.session import averages, buffers, checks
 from tost_plugins.session.active_tweaks import ActiveTweaks
+from tost_plugins.session.compaction import Compaction
 from tost_plugins.session.drive import drive
 from tost_plugins.session.link import Link, loaded, session_of
 from tost_plugins.session.masked_weights import MaskedWeights
@@ -64,7 +65,8 @@ class Session:
         self.state = "new"
         self.tweaks = ActiveTweaks(model, self.recipe.tweaks)
         self.smoothing = Smoothing(self)
-        self.run = Run(model, self.recipe, mask, self.tweaks)
+        self.compaction = Compaction(model, self.recipe.compact, self.recipe.mask)
+        self.run = Run(model, self.recipe, mask, self.tweaks, self.compaction)
         self.optimizers: Optimizers | None = None
         self._added: Any = None  # our buffers in the model, while they are there
 
@@ -82,7 +84,8 @@ class Session:
         buffers.check_free(self.model, params)
         if optimizer is not None:
             self.optimizers = Optimizers(optimizer, params)
-        self.tweaks.attach(self.recipe)
+        with self.compaction.attaching(self.tweaks.left_out):
+            self.tweaks.attach(self.recipe)
         self.run.layers = tuple(params)  # whatever is frozen or freed later
         self.tweaks.left_out += left_out(self.model, self.recipe.mask.ignore)
         self._added = buffers.Added(self.model, self.recipe.mask, known, loaded)
@@ -187,6 +190,7 @@ class Session:
         if self.optimizers is not None:
             self.optimizers.leave(param for param, _ in self.tweaks.companions())
         self.tweaks.detach()
+        self.compaction.detach()
         self._added.remove()
         del self.model.tost_session
         self.release()

@@ -17,6 +17,7 @@ from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.topk import revive
 from tost_plugins.session import buffers, resuming
 from tost_plugins.session.active_tweaks import ActiveTweaks
+from tost_plugins.session.compaction import Compaction
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.report import report
 from tost_plugins.training.clock import Clock
@@ -24,13 +25,15 @@ from tost_plugins.training.log import say
 from tost_plugins.training.task import Task
 
 
-def begin(task: Task, recipe: Any, given: Mask | None, tweaks: ActiveTweaks, clock: Clock) -> None:
+def begin(
+    task: Task, recipe: Any, given: Mask | None, tweaks: ActiveTweaks, clock: Clock, compaction: Compaction
+) -> None:
     """Find the mask to train with, put it into the model's buffers, and apply it unless removed weights train out of sight."""
     method = recipe.mask
     # without tweaks nothing can go wrong any more when the mask is found
     before = {param: param.detach().clone() for param in task.model.parameters()} if tweaks.active else {}
     with tweaks.quiet():
-        mask = _find(task, method, given, recipe.seed)
+        mask = compaction.live(_find(task, method, given, recipe.seed))
         try:
             if tweaks.active and not (isinstance(method, Moving) and method.hides and not method.settled(clock)):
                 mask.apply_(task.params)  # else when the run takes the mask over

@@ -78,13 +78,15 @@ class Ghost(nn.Module):
         self.register_buffer("alpha", torch.zeros((), **where))
         self.register_buffer("alive", torch.ones(beside.out_channels, *[1] * (weight.ndim - 2), **where))
         self.holder, self.tost_strength = Holder(), Strength(0.0)
+        self.channels: Any = None  # the output channels that its layer computes (places, as a tensor); None for all
         self.to(weight.device, weight.dtype).train(beside.training)
 
     def forward(self, x: Tensor | None, out: Tensor) -> Tensor:
         if self.tost_strength.heard and x is not None:
             branch = self.norm(self.conv(_aligned(x, out, self.conv.stride)))
             alpha = self.tost_strength.now(self.alpha)
-            return torch.addcmul(out, branch.to(out.dtype), (alpha * self.alive).to(out.dtype))
+            alive = self.alive if self.channels is None else self.alive.index_select(0, self.channels.to(out.device))
+            return torch.addcmul(out, branch.to(out.dtype), (alpha * alive).to(out.dtype))
         if not self.tost_strength.quiet and ranks.world() > 1 and torch.is_grad_enabled():
             # DDP waits for a gradient of every parameter, in every step: give it zeros
             params = [param for param in self.parameters() if not is_part(param)]  # parts that FSDP2 has not gathered
@@ -197,9 +199,9 @@ class GhostSkip(Tweak):
 
     def start(self, task: Task, mask: Mapping[str, Tensor]) -> None:
         owners = {id(module.ghost_skip): module for module in task.model.modules() if hasattr(module, "ghost_skip")}
-        beside = self._beside(task.model)
-        alive = alive_channels(task, mask, [(conv, owners[id(ghost)]) for ghost, conv in beside])
-        for (ghost, _), found in zip(beside, alive, strict=True):
+        places = beside(task.model)
+        alive = alive_channels(task, mask, [(conv, owners[id(ghost)]) for ghost, conv in places])
+        for (ghost, _), found in zip(places, alive, strict=True):
             ghost.alive.copy_(found.view(ghost.alive.shape))
 
     def advance(self, model: nn.Module, clock: Clock) -> None:
@@ -227,18 +229,19 @@ class GhostSkip(Tweak):
             yield
 
     def companions(self, model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        return [(param, _weight(conv)) for ghost, conv in self._beside(model) for param in ghost.parameters()]
-
-    def _beside(self, model: nn.Module) -> list[tuple[Ghost, Any]]:
-        """Each ghost and the convolution that it stands beside."""
-        convs = {id(m.tost_holder): m for m in model.modules() if Tap in mixins_of(m)}
-        around = {id(m.ghost_skip): m for m in model.modules() if AroundConv in mixins_of(m)}
-        return [(ghost, around.get(id(ghost)) or convs[id(ghost.holder)]) for ghost in ghosts(model)]
+        return [(param, _weight(conv)) for ghost, conv in beside(model) for param in ghost.parameters()]
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         return {
             "tost/ghost_skip/alpha": next((g.tost_strength.value * g.tost_strength.live for g in _walk(model)), 0.0)
         }
+
+
+def beside(model: nn.Module) -> list[tuple[Ghost, Any]]:
+    """Each ghost in a model and the convolution that it stands beside."""
+    convs = {id(m.tost_holder): m for m in model.modules() if Tap in mixins_of(m)}
+    around = {id(m.ghost_skip): m for m in model.modules() if AroundConv in mixins_of(m)}
+    return [(ghost, around.get(id(ghost)) or convs[id(ghost.holder)]) for ghost in ghosts(model)]
 
 
 def ghosts(model: nn.Module) -> list[Ghost]:

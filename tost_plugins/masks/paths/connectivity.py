@@ -187,9 +187,9 @@ def _tape(task: Task, weights: dict[str, Tensor], batch: Any) -> Tape:
     follow = Follow(task.leaves(weights))
     for tensor in _floats(batch):
         follow.begin(tensor.requires_grad_() if tensor.is_floating_point() else tensor)
-    handles = [handle for path, module in plain_modules(task.model) for handle in (
-        module.register_forward_pre_hook(lambda *_, path=path: follow.enter(clean_name(path))),
-        module.register_forward_hook(lambda *_: follow.leave(), always_call=True))]  # fmt: skip
+    handles = [
+        handle for path, module in plain_modules(task.model) for handle in _hooked(follow, clean_name(path), module)
+    ]
     try:
         with follow:
             outputs = task.outputs(weights, batch, labels=False)
@@ -201,6 +201,22 @@ def _tape(task: Task, weights: dict[str, Tensor], batch: Any) -> Tape:
     if not follow.tape.outputs:
         raise TostError("expected outputs that descend from the inputs, got none")
     return follow.tape
+
+
+def _hooked(follow: Follow, path: str, module: nn.Module) -> tuple[Any, Any]:
+    looked_at = bool(module._forward_hooks or module._forward_pre_hooks)
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        follow.enter(path)
+        if looked_at:
+            follow.show(args, kwargs)
+
+    def leave(_: nn.Module, args: Any, out: Any) -> None:
+        follow.leave()
+        if looked_at:
+            follow.show(out)
+
+    return module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)
 
 
 def _samples(task: Task) -> Iterator[Any]:

@@ -61,11 +61,13 @@ class Call:
 
 @dataclass
 class Tape:
-    """The calls of a forward pass in their order, its inputs, its outputs, and where it could not be followed."""
+    """The calls of a forward pass in their order, its inputs, its outputs, what hooks of others have `seen` on the way, and
+    where it could not be followed."""
 
     calls: list[Call] = field(default_factory=list)
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
+    seen: list[Value] = field(default_factory=list)
     weights: dict[str, Value] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
 
@@ -94,6 +96,10 @@ class Follow(TorchFunctionMode):
         """An output."""
         if tensor.requires_grad or id(tensor) in self._known:
             self.tape.outputs.append(self._value(tensor))
+
+    def show(self, *trees: Any) -> None:
+        """Somebody looks at these."""
+        self.tape.seen += [self._known[id(tensor)] for tensor in _tensors(trees) if id(tensor) in self._known]
 
     def enter(self, path: str) -> None:
         """From now on inside this module."""

@@ -1,0 +1,94 @@
+"""Compact training: channels that no path of the mask runs through are not computed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from tost_plugins.channels import slices
+from tost_plugins.channels.plan import plan
+from tost_plugins.errors import TostError
+from tost_plugins.masks.base import MaskMethod, Moving
+from tost_plugins.masks.mask import Mask
+from tost_plugins.masks.paths.connectivity import Paths
+from tost_plugins.session.active_tweaks import ActiveTweaks
+from tost_plugins.training import sharding
+from tost_plugins.training.log import say
+from tost_plugins.training.task import Task
+
+
+class Compaction:
+    """The slices of one model, where its recipe asks for them: put in at attach, filled in when the mask is there.
+
+    A run trains with the live part of its mask then: nothing that is left out can come back to life.
+    """
+
+    def __init__(self, model: nn.Module, asked: bool, method: MaskMethod) -> None:
+        self.model, self.asked, self.method = model, asked, method
+        self._paths: Paths | None = None
+        self._planned: Mapping[str, Tensor] | None = None
+
+    @contextlib.contextmanager
+    def attaching(self, left_out: list[str]) -> Iterator[None]:
+        """Around what gives modules another forward pass, which is to see what slices return; ghosts get slices too."""
+        if self.asked and isinstance(self.method, Moving):
+            self._give_up(left_out, f"a {self.method.kind} mask moves, and channels come back with it")
+        if self.asked:
+            slices.add(self.model)
+        try:
+            yield
+        except BaseException:
+            slices.remove(self.model)
+            raise
+        if self.asked:
+            slices.add_to_ghosts(self.model)
+
+    def follow(self, task: Task, tweaks: ActiveTweaks) -> None:
+        """Follow the network's forward pass, with all channels and without tweaks."""
+        if not self.asked or self._paths is not None:
+            return
+        if any(map(sharding.is_part, task.params.values())):
+            self._give_up(tweaks.left_out, "weights are kept in parts")
+            return
+        try:
+            with tweaks.quiet():
+                self._paths = Paths(task)
+        except TostError as error:
+            self._give_up(tweaks.left_out, str(error))
+
+    def live(self, mask: Mask) -> Mask:
+        """What of a mask the run trains with."""
+        if not self.asked or self._paths is None:
+            return mask
+        found = self._paths.connectivity(mask).live
+        if found.kept < mask.kept:
+            say(f"compact: {mask.kept - found.kept:,} of {mask.kept:,} kept weights lie on no path and are removed")
+        return found
+
+    def plan(self, mask: Mapping[str, Tensor]) -> None:
+        """Leave out of the computation what this mask does not connect, and out of the mask, in place, what is not live."""
+        if not self.asked or self._paths is None or self._same(mask):
+            return
+        live = self.live(Mask(mask))
+        for name, keep in mask.items():
+            keep.copy_(live[name])
+        made = plan(self.model, self._paths.tape, mask)
+        slices.compute(self.model, made.parts)
+        stay = "".join(f"; {count} channels without a path are computed for {why}" for why, count in made.whole.items())
+        say(f"compact: {len(made.parts)} modules compute a part of their channels{stay}")
+        self._planned = {name: keep.clone() for name, keep in mask.items()}
+
+    def detach(self) -> None:
+        """The model's own forward pass."""
+        slices.remove(self.model)
+
+    def _give_up(self, left_out: list[str], why: str) -> None:
+        left_out.append(f"compact ({why})")
+        self.asked = False
+        slices.remove(self.model)
+
+    def _same(self, mask: Mapping[str, Tensor]) -> bool:
+        before = self._planned
+        return before is not None and all(bool((mask[name] == keep).all()) for name, keep in before.items())
