@@ -41,11 +41,19 @@ def bits(tensor: Tensor) -> bytes:
 def test_every_bit_comes_back(tmp_path_factory: pytest.TempPathFactory, shape: list, dtype: torch.dtype, density: float, seed: int) -> None:
     path, generator = tmp_path_factory.mktemp("packed") / "file", torch.Generator().manual_seed(seed)
     numbers = torch.randn(shape, generator=generator) * 3
-    tensor = torch.where(torch.rand(shape, generator=generator) < density, numbers, 0.0 * numbers).to(dtype)  # -0.0 too
+    tensor = torch.where(torch.rand(shape, generator=generator) < density, numbers, 0.0 * numbers).to(dtype)
     save_packed(path, {"a.weight": tensor, "b": torch.tensor(7)})
     found = read_packed(path).tensors
     assert (found["a.weight"].dtype, found["a.weight"].shape) == (dtype, tensor.shape)
-    assert bits(found["a.weight"]) == bits(tensor) and found["b"] == 7
+    ours, theirs = ((each.double() + 0.0).to(dtype) for each in (found["a.weight"], tensor))  # -0.0 becomes 0.0
+    assert bits(ours) == bits(theirs) and found["b"] == 7
+
+
+def test_a_removed_weight_of_minus_0_takes_no_room(tmp_path: Path) -> None:
+    save_packed(tmp_path / "packed", {"a": torch.cat([torch.full((10_000,), -0.0), torch.tensor([float("nan"), -1.0])])})
+    assert (tmp_path / "packed").stat().st_size < 10_000 / 8 + 500
+    found = read_packed(tmp_path / "packed").tensors["a"]
+    assert found[:-2].count_nonzero() == 0 and found[-2].isnan() and found[-1] == -1
 
 
 def sparse(name: str = "cifar/resnet20", sparsity: float = 0.98) -> nn.Module:
@@ -101,7 +109,8 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path: Path) -> Non
         assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
     small = compact(net, masks.Mask.from_zeros(Task.of(net).params), torch.randn(2, 3, 32, 32))
     save_packed(tmp_path / "small", small.state_dict(), changed(net, small))
-    refused(lambda: load_packed(models.build("cifar/resnet8", 10), tmp_path / "small"), "expected a network with the layer")
+    refused(lambda: load_packed(models.build("cifar/resnet8", 10), tmp_path / "small"), "expected a layer")
+    refused(lambda: load_packed(models.build("cifar/resnet20", 9), tmp_path / "small"), "layer head with", "'out_features': 10")
     refused(lambda: load_packed(net, tmp_path / "none"), "expected an existing file")
     save_file(net.state_dict(), tmp_path / "plain")
     refused(lambda: load_packed(net, tmp_path / "plain"), "expected a file of tost export", "load_state_dict")
@@ -137,10 +146,11 @@ CHANGES: dict[str, Callable[[dict, dict], object]] = {
     "fewer values": lambda tensors, header: tensors.update(weight=tensors["weight"][1:].clone()),
     "values in rows": lambda tensors, header: tensors.update(weight=tensors["weight"][None].clone()),
     "no values": lambda tensors, header: tensors.pop("weight"),
-    "odd sizes": lambda tensors, header: header.update(sizes={"": {"in_features": -3, "out_features": 2}}),
-    "sizes of nothing": lambda tensors, header: header.update(sizes={"other": {"num_features": 3}}),
-    "sizes that are no numbers": lambda tensors, header: header.update(sizes={"": {"in_features": "3"}}),
-    "huge sizes": lambda tensors, header: header.update(sizes={"": {"in_features": 10**9, "out_features": 10**9}}),
+    "odd sizes": lambda tensors, header: header.update(sizes={"": {"in_features": [101, -3], "out_features": [2, 2]}}),
+    "sizes of nothing": lambda tensors, header: header.update(sizes={"other": {"num_features": [3, 3]}}),
+    "one size": lambda tensors, header: header.update(sizes={"": {"in_features": 101, "out_features": 2}}),
+    "sizes that are no numbers": lambda tensors, header: header.update(sizes={"": {"in_features": [101, "3"]}}),
+    "huge sizes": lambda tensors, header: header.update(sizes={"": {"in_features": [101, 10**9], "out_features": [2, 10**9]}}),
 }
 
 
@@ -162,7 +172,7 @@ def test_torn_and_flipped_files_are_refused(data: st.DataObject, tmp_path_factor
     path, net = tmp_path_factory.mktemp("packed") / "file", nn.Sequential(nn.Linear(101, 2), nn.BatchNorm1d(2))
     net[0].weight.data[:, 2:] = 0
     before = {name: bits(tensor) for name, tensor in net.state_dict().items()}
-    save_packed(path, net.state_dict(), {"0": {"in_features": 101, "out_features": 2}})
+    save_packed(path, net.state_dict(), {"0": {"in_features": (101, 101), "out_features": (2, 2)}})
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(content) - 1))

@@ -141,10 +141,14 @@ def keeping(net: nn.Module, **rows: list[int]) -> Mask:
         (nn.Conv2d(4, 3, 3, padding="same"), 4),
     ],
 )
-def test_a_constant_that_is_read_goes_into_the_next_bias_unless_zeros_are_padded(second: nn.Module, channels: int) -> None:
+def test_a_constant_that_is_read_goes_into_the_next_bias_unless_zeros_are_padded(
+    second: nn.Module, channels: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "tost_plugins")
     net = of_layers(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), copy.deepcopy(second))
     small = compact(net, keeping(net, l0=[1, 2]), images := torch.randn(2, 2, 5, 5, dtype=torch.float64))
     assert small[0].out_channels == small[1].num_features == small[3].in_channels == channels
+    assert ("2 channels without a path stay for 3, which pads zeros" in caplog.text) == (channels == 4)
     assert same(small, masked(net, keeping(net, l0=[1, 2])), images)
 
 
@@ -178,7 +182,7 @@ def test_what_counts_channels_stays_whole_and_is_named(caplog: pytest.LogCapture
     assert (small.first.out_channels, small.second.in_channels, small.second.out_channels) == (3, 3, 6)
     assert same(small.float(), masked(net, mask), torch.randn(2, 3, 4, 4))
     (line,) = caplog.messages
-    assert "whole, since their sizes are counted on: third" in line and "largest difference" in line
+    assert "whole, since it would change outputs: third" in line and "largest difference" in line
 
 
 def test_no_path_and_no_plain_network_are_refused() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tost_plugins.channels import sizes
 from tost_plugins.errors import TostError, shown
 from tost_plugins.files.atomic import replacing
-from tost_plugins.files.tensors import read_tensors
+from tost_plugins.files.tensors import comparable, read_tensors
 from tost_plugins.training.params import clean_name, some
 
 #: The key of a packed file's metadata; its value is JSON: "version", "checksum", the "shapes" of what
@@ -30,21 +30,22 @@ _BITS = "bits:"  # in front of a tensor's name: where it is not 0; under the nam
 
 
 class Packed(NamedTuple):
-    """What a packed file holds: whole tensors, and the sizes of the modules that are smaller than in the usual network."""
+    """What a packed file holds: whole tensors, and of the modules that are smaller than in the usual network the sizes there
+    and here."""
 
     tensors: dict[str, Tensor]
-    sizes: dict[str, dict[str, int]]
+    sizes: dict[str, dict[str, tuple[int, int]]]
 
 
 def save_packed(
     path: Path,
     tensors: Mapping[str, Tensor],
-    module_sizes: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
+    module_sizes: Mapping[str, Mapping[str, tuple[int, int]]] = MappingProxyType({}),
     pack: bool = True,
 ) -> None:
     """Write tensors to a packed file; each that becomes smaller so is packed, the others are written as they are.
 
-    Reading them back gives the same bits, the sign of a zero too. `module_sizes` are those of a compact network, see
+    Reading them back gives the same bits, but for the sign of a zero. `module_sizes` are those of a compact network, see
     `sizes.changed`. Without `pack` all tensors are written as they are, for every reader of safetensors.
     """
     content: dict[str, Tensor] = {}
@@ -52,7 +53,7 @@ def save_packed(
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         rows = _rows(tensor)
-        kept = (rows != 0).any(1)
+        kept = comparable(tensor).reshape(-1) != 0  # a removed weight may be -0.0
         if pack and (tensor.numel() + 7) // 8 + int(kept.sum()) * tensor.element_size() < rows.numel():
             shapes[name] = list(tensor.shape)
             content[_BITS + name] = torch.from_numpy(np.packbits(kept.numpy()))
@@ -130,7 +131,8 @@ def load_packed(model: nn.Module, path: str | Path) -> nn.Module:
     except TostError as error:
         raise error.at(f"packed file {path}") from None
     for name, module in _named(model, found.sizes).items():
-        sizes.resize(module, found.sizes[name], f"{name}.bias".removeprefix(".") in found.tensors)
+        now = {key: size for key, (_, size) in found.sizes[name].items()}
+        sizes.resize(module, now, f"{name}.bias".removeprefix(".") in found.tensors)
     with torch.no_grad():
         for name, tensor in _state(model).items():
             tensor.copy_(found.tensors[name])
@@ -159,9 +161,10 @@ def _unpacked(name: str, shape: Any, content: Mapping[str, Tensor]) -> Tensor:
     return rows.reshape(-1).view(values.dtype).reshape(shape)
 
 
-def _sizes(given: Any) -> dict[str, dict[str, int]]:
-    found = {name: dict(values) for name, values in given.items()}
-    if not all(type(number) is int for values in found.values() for number in values.values()):
+def _sizes(given: Any) -> dict[str, dict[str, tuple[int, int]]]:
+    found = {name: {key: tuple(pair) for key, pair in values.items()} for name, values in given.items()}
+    pairs = [pair for values in found.values() for pair in values.values()]
+    if not all(len(pair) == 2 and all(type(size) is int for size in pair) for pair in pairs):
         raise ValueError("in the sizes of modules")
     return found
 
@@ -179,11 +182,12 @@ def _fits(model: nn.Module, found: Packed) -> None:
     """Raise TostError unless the file's tensors are those of the network."""
     shapes = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
     modules = _named(model, found.sizes)
-    for name, wanted in found.sizes.items():
-        if name not in modules or not sizes.resizable(modules[name]):
-            raise TostError(f"expected a network with the layer {name}, got none; build the one that was exported")
+    for name, pairs in found.sizes.items():
+        usual, now = ({key: pair[i] for key, pair in pairs.items()} for i in (0, 1))
+        if name not in modules or sizes.sizes(modules[name]) not in (usual, now) or not usual:
+            raise TostError(f"expected a layer {name} with {usual}, got none; build the network that was exported")
         try:
-            own = sizes.shapes(modules[name], wanted)
+            own = sizes.shapes(modules[name], now)
         except ValueError as error:
             raise TostError(f"expected sizes for {name}, got others ({error}); export it again") from None
         full = {key: f"{name}.{key}".removeprefix(".") for key in own}

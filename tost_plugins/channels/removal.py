@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,14 @@ from tost_plugins.training.params import device_of, some, unwrap
 from tost_plugins.training.task import Task
 from tost_plugins.tweaks.surgery.swap import original_class
 
-#: The smaller modules of a network: path -> part, and path -> what goes into the bias.
-Cut = tuple[dict[str, Part], dict[str, Tensor]]
+
+class Cut(NamedTuple):
+    """What becomes of a network: path -> the part that stays of a module, path -> what its bias gets from channels that go,
+    and what keeps channels without a path, and how many."""
+
+    parts: dict[str, Part]
+    biases: dict[str, Tensor]
+    stays: dict[str, int]
 
 
 def compact(model: nn.Module, mask: Mapping[str, Tensor], example: Any) -> nn.Module:
@@ -58,29 +64,31 @@ def compact(model: nn.Module, mask: Mapping[str, Tensor], example: Any) -> nn.Mo
     params = {name: Task.of(plain).params[name] for name in fitted}
     fitted.apply_(params)
     try:
-        small, difference, whole = _smaller(_Cuts(Task(plain, params, [example]), fitted, example))
+        small, difference, cut, whole = _smaller(_Cuts(Task(plain, params, [example]), fitted, example))
     except TostError as error:
         raise error.at("compact") from None
     before, after = (sum(param.numel() for param in net.parameters()) for net in (model, small))
-    kept = f"; whole, since their sizes are counted on: {some(whole)}" if whole else ""
-    say(f"compact: {before:,} parameters, now {after:,}; largest difference of an output {difference:.1e}{kept}")
+    more = f"; whole, since it would change outputs: {some(whole)}" if whole else ""
+    more += "".join(f"; {count:,} channels without a path stay for {why}" for why, count in cut.stays.items())
+    say(f"compact: {before:,} parameters, now {after:,}; largest difference of an output {difference:.1e}{more}")
     return small
 
 
-def _smaller(cuts: _Cuts) -> tuple[nn.Module, float, list[str]]:
-    """The network, the largest difference of its outputs, and the modules that stay whole since they would change them."""
+def _smaller(cuts: _Cuts) -> tuple[nn.Module, float, Cut, list[str]]:
+    """The network, the largest difference of its outputs, what was cut, and what stays whole since it would change them."""
     cut = cuts.cut(())
-    whole = list(cut[0])
     small, difference = cuts.tried(cut)
     if difference is not None:
-        return small, difference, []
-    for path in cut[0]:  # one after another, those that change nothing
+        return small, difference, cut, []
+    whole = list(cut.parts)
+    for path in cut.parts:  # one after another, those that change nothing
         if cuts.tried(cuts.cut([name for name in whole if name != path]))[1] is not None:
             whole.remove(path)
-    small, difference = cuts.tried(cuts.cut(whole))
+    cut = cuts.cut(whole)
+    small, difference = cuts.tried(cut)
     if difference is None:
         raise TostError("expected the same numbers in every forward pass in eval mode, got others; take chance out of it")
-    return small, difference, whole
+    return small, difference, cut, whole
 
 
 class _Planner(Planner):
@@ -109,7 +117,7 @@ class _Cuts:
 
     def tried(self, cut: Cut) -> tuple[nn.Module, float | None]:
         """The network with these parts only, and the largest difference of its outputs; None where that is too much."""
-        small, exact = (built(net, *cut) for net in (self.plain, self.outputs.exact))
+        small, exact = (built(net, cut) for net in (self.plain, self.outputs.exact))
         return small, self.outputs.difference(exact, small)
 
     def cut(self, whole: Iterable[str]) -> Cut:
@@ -119,19 +127,22 @@ class _Cuts:
             for channels in (channels for called in planner.called[path] for channels in called):
                 if channels is not None:
                     planner.atoms.pin(channels.ids)
+        stays = dict(planner.whole)
         while True:
-            parts, biases, stay = planner.plan().parts, {}, False
+            parts, biases, more = planner.plan().parts, {}, False
             for path, part in parts.items():
                 held, bias = self._constant(path, part)
                 if len(held):
                     inside = planner.called[path][0][0]
                     assert inside is not None
                     planner.atoms.pin(inside.ids[held])
-                    stay = True
+                    reason = f"{path}, which pads zeros around constants"
+                    stays[reason] = stays.get(reason, 0) + len(held)
+                    more = True
                 elif bias is not None:
                     biases[path] = bias
-            if not stay:
-                return parts, biases
+            if not more:
+                return Cut(parts, biases, stays)
 
     def _constant(self, path: str, part: Part) -> tuple[np.ndarray, Tensor | None]:
         """Of a layer's inputs that would go: those that cannot go into its bias, and what goes there."""
@@ -179,10 +190,10 @@ def _read(tape: Tape, mask: Mask, device: torch.device) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def built(plain: nn.Module, parts: Mapping[str, Part], biases: Mapping[str, Tensor]) -> nn.Module:
+def built(plain: nn.Module, cut: Cut) -> nn.Module:
     """A copy of a network with these parts of its modules only."""
-    small = copy.deepcopy(plain)
-    for path, part in parts.items():
+    small, biases = copy.deepcopy(plain), cut.biases
+    for path, part in cut.parts.items():
         module: Any = small.get_submodule(path)
         tensors = {**module._parameters, **module._buffers}
         old = {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}

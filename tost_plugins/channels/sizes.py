@@ -65,13 +65,13 @@ def resize(module: nn.Module, wanted: Mapping[str, int], bias: bool) -> None:
             module._buffers[name] = new
 
 
-def changed(before: nn.Module, after: nn.Module) -> dict[str, dict[str, int]]:
-    """Path -> sizes, of the modules that are smaller in one of two networks than in the other."""
+def changed(before: nn.Module, after: nn.Module) -> dict[str, dict[str, tuple[int, int]]]:
+    """Path -> the sizes before and after, of the modules that are smaller in the second of two networks, or have a new bias."""
     own = dict(before.named_modules())
     return {
-        path: sizes(module)
+        path: {name: (size, now[name]) for name, size in sizes(own[path]).items()}
         for path, module in after.named_modules()
-        if sizes(module) != sizes(own[path]) or _names(module) != _names(own[path])
+        if (now := sizes(module)) != sizes(own[path]) or _names(module) != _names(own[path])
     }
 
 

@@ -25,10 +25,10 @@ def write_onnx(path: Path, model: nn.Module, images: Tensor) -> float:
     for name in ("onnx", "onnxscript"):  # torch asks for them
         package(name, "export --onnx", "tost_plugins[export]")
     runtime = package("onnxruntime", "export --onnx", "tost_plugins[export]")
-    program = _exported(lambda: torch.onnx.export(
-        model, (images,), dynamo=True, dynamic_shapes=_any_batch(), input_names=["images"], output_names=["logits"],
-        verbose=False,
-    ), "--onnx")  # fmt: skip
+    followed = _exported(model, images, "--onnx")  # torch.onnx by itself would trace what this refuses
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    program = torch.onnx.export(followed, (), dynamo=True, verbose=False, **names)
+    assert program is not None
     with replacing(path) as temporary:
         program.save(str(temporary), external_data=False)
         session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
@@ -37,7 +37,7 @@ def write_onnx(path: Path, model: nn.Module, images: Tensor) -> float:
 
 def write_pt2(path: Path, model: nn.Module, images: Tensor) -> float:
     """Write a file of torch.export of any batch size, and return the largest difference of its logits on these images."""
-    program = _exported(lambda: torch.export.export(model, (images,), dynamic_shapes=_any_batch()), "--pt2")
+    program = _exported(model, images, "--pt2")
     content = io.BytesIO()
     torch.export.save(program, content)
     with replacing(path) as temporary:
@@ -47,14 +47,11 @@ def write_pt2(path: Path, model: nn.Module, images: Tensor) -> float:
         return _compared(model, images, loaded)
 
 
-def _any_batch() -> Any:
-    return ({0: torch.export.Dim("batch")},)
-
-
-def _exported(export: Callable[[], Any], option: str) -> Any:
+def _exported(model: nn.Module, images: Tensor, option: str) -> Any:
+    """The network as torch.export has followed it, for any number of images."""
     try:
         with torch.no_grad():
-            return export()
+            return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except Exception as error:  # it raises many kinds
         raise TostError(
             f"{option}: expected a network that torch.export can follow, got {type(error).__name__} ({error}); export the weights"

@@ -39,7 +39,7 @@ def network(checkpoint: Path, tensors: Mapping[str, Tensor]) -> Network:
         )
     recipe = Recipe.from_dict(read(recipe_file), f"recipe {recipe_file}")
     reasons = []
-    for classes, images in _guesses(recipe.data, tensors):
+    for classes, images in _guesses(recipe.model, recipe.data, tensors):
         model = models.build(recipe.model, classes, images.shape[1])
         try:
             model.load_state_dict(dict(tensors), strict=True)
@@ -49,7 +49,7 @@ def network(checkpoint: Path, tensors: Mapping[str, Tensor]) -> Network:
     raise TostError(f"expected the weights of {recipe.model}, as {recipe_file} says, got others ({reasons[0]}); check the folder")
 
 
-def _guesses(spec: DataSpec, tensors: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
+def _guesses(model: str, spec: DataSpec, tensors: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Number of classes and images: of the data, or where they cannot be read as the weights have it."""
     try:
         real = _real(spec)
@@ -58,13 +58,22 @@ def _guesses(spec: DataSpec, tensors: Mapping[str, Tensor]) -> Iterator[tuple[in
     if real is not None:
         yield real
         return
-    layers = [tensor for tensor in tensors.values() if tensor.ndim >= 2]
-    if not layers or layers[0].ndim != 4:
-        raise TostError(f"expected the run's data, got none ({reason}); put them back where the recipe says")
     say(f"export: compared on random images, since the run's data cannot be read ({reason})")
+    classes, channels = _sizes(model, tensors)
     side = spec.image_size or (8 if spec.name == "digits" else 32)
-    generator = torch.Generator().manual_seed(0)
-    yield max(len(layers[-1]), 2), torch.randn(_MOST, layers[0].shape[1], side, side, generator=generator)
+    yield classes, torch.randn(_MOST, channels, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def _sizes(model: str, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Classes and input channels: where these tensors have other shapes than those of a network with 2 and 3."""
+    classes, channels = 2, 3
+    for name, usual in models.build(model, classes, channels).state_dict().items():
+        found = tensors.get(name, usual)
+        if found.ndim and len(found) != len(usual):
+            classes = len(found)
+        if found.ndim == usual.ndim == 4 and found.shape[1] != usual.shape[1]:
+            channels = found.shape[1]
+    return classes, channels
 
 
 def _real(spec: DataSpec) -> tuple[int, Tensor]:
