@@ -38,7 +38,9 @@ def bits(tensor: Tensor) -> bytes:
     density=st.floats(0, 1),
     seed=st.integers(0, 99),
 )
-def test_every_bit_comes_back(tmp_path_factory: pytest.TempPathFactory, shape: list, dtype: torch.dtype, density: float, seed: int) -> None:
+def test_every_bit_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, shape: list, dtype: torch.dtype, density: float, seed: int
+) -> None:
     path, generator = tmp_path_factory.mktemp("packed") / "file", torch.Generator().manual_seed(seed)
     numbers = torch.randn(shape, generator=generator) * 3
     tensor = torch.where(torch.rand(shape, generator=generator) < density, numbers, 0.0 * numbers).to(dtype)
@@ -50,7 +52,9 @@ def test_every_bit_comes_back(tmp_path_factory: pytest.TempPathFactory, shape: l
 
 
 def test_a_removed_weight_of_minus_0_takes_no_room(tmp_path: Path) -> None:
-    save_packed(tmp_path / "packed", {"a": torch.cat([torch.full((10_000,), -0.0), torch.tensor([float("nan"), -1.0])])})
+    save_packed(
+        tmp_path / "packed", {"a": torch.cat([torch.full((10_000,), -0.0), torch.tensor([float("nan"), -1.0])])}
+    )
     assert (tmp_path / "packed").stat().st_size < 10_000 / 8 + 500
     found = read_packed(tmp_path / "packed").tensors["a"]
     assert found[:-2].count_nonzero() == 0 and found[-2].isnan() and found[-1] == -1
@@ -59,7 +63,9 @@ def test_a_removed_weight_of_minus_0_takes_no_room(tmp_path: Path) -> None:
 def sparse(name: str = "cifar/resnet20", sparsity: float = 0.98) -> nn.Module:
     torch.manual_seed(0)
     net = models.build(name, 10)
-    masks.find(net, "synflow", sparsity, rounds=5, input_shape=(3, 32, 32), on_collapse="keep_one").apply_(Task.of(net).params)
+    masks.find(net, "synflow", sparsity, rounds=5, input_shape=(3, 32, 32), on_collapse="keep_one").apply_(
+        Task.of(net).params
+    )
     return net
 
 
@@ -110,7 +116,11 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path: Path) -> Non
     small = compact(net, masks.Mask.from_zeros(Task.of(net).params), torch.randn(2, 3, 32, 32))
     save_packed(tmp_path / "small", small.state_dict(), changed(net, small))
     refused(lambda: load_packed(models.build("cifar/resnet8", 10), tmp_path / "small"), "expected a layer")
-    refused(lambda: load_packed(models.build("cifar/resnet20", 9), tmp_path / "small"), "layer head with", "'out_features': 10")
+    refused(
+        lambda: load_packed(models.build("cifar/resnet20", 9), tmp_path / "small"),
+        "layer head with",
+        "'out_features': 10",
+    )
     refused(lambda: load_packed(net, tmp_path / "none"), "expected an existing file")
     save_file(net.state_dict(), tmp_path / "plain")
     refused(lambda: load_packed(net, tmp_path / "plain"), "expected a file of tost export", "load_state_dict")
@@ -150,7 +160,9 @@ CHANGES: dict[str, Callable[[dict, dict], object]] = {
     "sizes of nothing": lambda tensors, header: header.update(sizes={"other": {"num_features": [3, 3]}}),
     "one size": lambda tensors, header: header.update(sizes={"": {"in_features": 101, "out_features": 2}}),
     "sizes that are no numbers": lambda tensors, header: header.update(sizes={"": {"in_features": [101, "3"]}}),
-    "huge sizes": lambda tensors, header: header.update(sizes={"": {"in_features": [101, 10**9], "out_features": [2, 10**9]}}),
+    "huge sizes": lambda tensors, header: header.update(
+        sizes={"": {"in_features": [101, 10**9], "out_features": [2, 10**9]}}
+    ),
 }
 
 

@@ -189,6 +189,6 @@ def test_no_path_and_no_plain_network_are_refused() -> None:
     net, images = network("plain")
     empty = Mask({name: torch.zeros(param.shape) for name, param in Task.of(net).params.items()})
     refused(lambda: compact(net, empty, images), "compact: mask: expected a path of kept weights")
-    session = Session(net, "tost_any_mask", sparsity=0.5, mask="random", tweaks=["soft_activation"]).attach()
+    session = Session(net, {"mask": {"kind": "random", "sparsity": 0.5}, "tweaks": ["soft_activation"]}).attach()
     refused(lambda: compact(net, Mask.dense(Task.of(net).params), images), "a session at work", "session.finish()")
     del session

@@ -111,7 +111,9 @@ def test_what_cannot_be_followed_or_is_not_the_same_leaves_no_file(write, tmp_pa
 
 def test_what_a_recipe_has_to_say_is_refused_without_it(run: Path, tmp_path: Path) -> None:
     save_file(load_file(run / "model.safetensors"), tmp_path / "model.safetensors")
-    refused(lambda: tost("export", tmp_path, tmp_path / "a", "--compact"), "expected a run's folder with its recipe.yaml")
+    refused(
+        lambda: tost("export", tmp_path, tmp_path / "a", "--compact"), "expected a run's folder with its recipe.yaml"
+    )
     (tmp_path / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("resnet8", "resnet14"))
     refused(lambda: tost("export", tmp_path, tmp_path / "a", "--pt2"), "expected the weights of cifar/resnet14")
     refused(lambda: tost("export", run, tmp_path / "a", "--pt2", "--onnx"), "expected one of --onnx, --pt2, --packed")
@@ -124,7 +126,9 @@ def test_data_that_are_gone_leave_random_images(
     run: Path, tmp_path: Path, images: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "tost_plugins")
-    Recipe.from_dict(RECIPE | {"data": {"name": "cifar10", "path": str(tmp_path / "gone")}}).to_yaml(tmp_path / "recipe.yaml")
+    Recipe.from_dict(RECIPE | {"data": {"name": "cifar10", "path": str(tmp_path / "gone")}}).to_yaml(
+        tmp_path / "recipe.yaml"
+    )
     save_file(load_file(run / "model.safetensors"), tmp_path / "model.safetensors")
     path, _ = export(tmp_path, "a.safetensors", "--compact")
     assert "compared on random images" in caplog.text

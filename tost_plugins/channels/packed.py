@@ -107,7 +107,7 @@ def checksum(content: Mapping[str, Tensor]) -> int:
     """Of all names and numbers in a file."""
     total = 0
     for name in sorted(content):
-        total = zlib.crc32(_rows(content[name].contiguous()).numpy(), zlib.crc32(name.encode(), total))
+        total = zlib.crc32(_rows(content[name].contiguous()).numpy().data, zlib.crc32(name.encode(), total))
     return total
 
 
@@ -191,7 +191,9 @@ def _fits(model: nn.Module, found: Packed) -> None:
         except ValueError as error:
             raise TostError(f"expected sizes for {name}, got others ({error}); export it again") from None
         full = {key: f"{name}.{key}".removeprefix(".") for key in own}
-        added = [key for key in ("bias",) if full[key] in found.tensors and f"{name}.weight".removeprefix(".") in shapes]
+        added = [
+            key for key in ("bias",) if full[key] in found.tensors and f"{name}.weight".removeprefix(".") in shapes
+        ]
         shapes |= {full[key]: own[key] for key in own if full[key] in shapes or key in added}
     missing, more = [n for n in shapes if n not in found.tensors], [n for n in found.tensors if n not in shapes]
     if missing or more:

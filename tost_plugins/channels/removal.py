@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tost_plugins.channels import sizes
 from tost_plugins.channels.plan import NORMS, Part, Planner
-from tost_plugins.channels.same import Constants, Outputs
+from tost_plugins.channels.same import Constants, Outputs, by_path
 from tost_plugins.errors import TostError
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.paths.connectivity import Paths, refusal
@@ -69,7 +69,8 @@ def compact(model: nn.Module, mask: Mapping[str, Tensor], example: Any) -> nn.Mo
         raise error.at("compact") from None
     before, after = (sum(param.numel() for param in net.parameters()) for net in (model, small))
     more = f"; whole, since it would change outputs: {some(whole)}" if whole else ""
-    more += "".join(f"; {count:,} channels without a path stay for {why}" for why, count in cut.stays.items())
+    if cut.stays:
+        more += f"; {sum(cut.stays.values()):,} channels without a path stay for {some(cut.stays, 3)}"
     say(f"compact: {before:,} parameters, now {after:,}; largest difference of an output {difference:.1e}{more}")
     return small
 
@@ -87,7 +88,9 @@ def _smaller(cuts: _Cuts) -> tuple[nn.Module, float, Cut, list[str]]:
     cut = cuts.cut(whole)
     small, difference = cuts.tried(cut)
     if difference is None:
-        raise TostError("expected the same numbers in every forward pass in eval mode, got others; take chance out of it")
+        raise TostError(
+            "expected the same numbers in every forward pass in eval mode, got others; take chance out of it"
+        )
     return small, difference, cut, whole
 
 
@@ -113,6 +116,7 @@ class _Cuts:
         self.plain, self.tape, self.live = task.model, paths.tape, found.live
         self.read = _read(self.tape, mask, device_of(task.model))
         self.outputs = Outputs(self.plain, example)
+        self.modules = by_path(self.outputs.exact)
         self.constants = self.outputs.constants()
 
     def tried(self, cut: Cut) -> tuple[nn.Module, float | None]:
@@ -146,7 +150,7 @@ class _Cuts:
 
     def _constant(self, path: str, part: Part) -> tuple[np.ndarray, Tensor | None]:
         """Of a layer's inputs that would go: those that cannot go into its bias, and what goes there."""
-        nothing, module = np.zeros(0, dtype=int), self.outputs.exact.get_submodule(path)
+        nothing, module = np.zeros(0, dtype=int), self.modules[path]
         weight = getattr(module, "weight", None)
         if part.inputs is None or isinstance(module, NORMS) or getattr(module, "groups", 1) > 1 or weight is None:
             return nothing, None
@@ -193,8 +197,9 @@ def _read(tape: Tape, mask: Mask, device: torch.device) -> dict[str, Tensor]:
 def built(plain: nn.Module, cut: Cut) -> nn.Module:
     """A copy of a network with these parts of its modules only."""
     small, biases = copy.deepcopy(plain), cut.biases
+    modules = by_path(small)
     for path, part in cut.parts.items():
-        module: Any = small.get_submodule(path)
+        module: Any = modules[path]
         tensors = {**module._parameters, **module._buffers}
         old = {name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}
         wanted, across = sizes.sizes(module), getattr(module, "groups", 1) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -46,7 +47,8 @@ class Outputs:
         """What goes into each layer, by the layer's path."""
         seen: dict[str, Constants] = {}
 
-        def look(path: str, module: Any, given: Tensor) -> None:
+        def look(path: str, module: Any, args: tuple[Any, ...]) -> None:
+            given = args[0]
             dim = given.ndim - 1 if isinstance(module, nn.Linear) else given.ndim - module.weight.ndim + 1
             flat = given.detach().movedim(dim, 0).flatten(1)
             same = (flat == flat[:, :1]).all(1).numpy(force=True)
@@ -55,9 +57,10 @@ class Outputs:
             seen[path] = Constants(flat[:, 0].clone(), same)
 
         handles = [
-            module.register_forward_pre_hook(lambda module, args, path=clean_name(path): look(path, module, args[0]))
-            for path, module in plain_modules(self.exact) if isinstance(module, LAYERS)
-        ]  # fmt: skip
+            module.register_forward_pre_hook(functools.partial(look, path))
+            for path, module in by_path(self.exact).items()
+            if isinstance(module, LAYERS)
+        ]
         try:
             for batch in self.batches:
                 outputs(self.exact, self._like(batch))
@@ -83,6 +86,11 @@ class Outputs:
         if self.exact is self.plain:
             return batch
         return walk(lambda part: part.double() if _is_float(part) else part, batch)
+
+
+def by_path(net: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a network by their clean paths."""
+    return {clean_name(path): module for path, module in plain_modules(net)}
 
 
 def outputs(net: nn.Module, batch: Any) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ def resizable(module: nn.Module) -> bool:
     return type(module) in (*_CONVS, nn.Linear) or isinstance(module, _NORMS)
 
 
-def sizes(module: nn.Module) -> dict[str, int]:
+def sizes(module: Any) -> dict[str, int]:
     """The attributes that say how many channels a layer or a batch norm has.
 
     Example:

@@ -32,7 +32,9 @@ def write_onnx(path: Path, model: nn.Module, images: Tensor) -> float:
     with replacing(path) as temporary:
         program.save(str(temporary), external_data=False)
         session = runtime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-        return _compared(model, images, lambda x: torch.from_numpy(np.asarray(session.run(None, {"images": x.numpy()})[0])))
+        return _compared(
+            model, images, lambda x: torch.from_numpy(np.asarray(session.run(None, {"images": x.numpy()})[0]))
+        )
 
 
 def write_pt2(path: Path, model: nn.Module, images: Tensor) -> float:
@@ -66,6 +68,8 @@ def _compared(model: nn.Module, images: Tensor, other: Callable[[Tensor], Tensor
         wanted, found = model(batch), other(batch)
         apart = float((found - wanted).abs().max()) if found.shape == wanted.shape else float("nan")
         if not apart <= _CLOSE * max(float(wanted.abs().max()), 1e-30):
-            raise TostError(f"expected the logits of PyTorch, got others, apart by {apart:.1e}; please report this as a bug")
+            raise TostError(
+                f"expected the logits of PyTorch, got others, apart by {apart:.1e}; please report this as a bug"
+            )
         largest = max(largest, apart)
     return largest

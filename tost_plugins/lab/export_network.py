@@ -46,7 +46,9 @@ def network(checkpoint: Path, tensors: Mapping[str, Tensor]) -> Network:
             return Network(model.eval(), images)
         except RuntimeError as error:
             reasons.append(str(error))
-    raise TostError(f"expected the weights of {recipe.model}, as {recipe_file} says, got others ({reasons[0]}); check the folder")
+    raise TostError(
+        f"expected the weights of {recipe.model}, as {recipe_file} says, got others ({reasons[0]}); check the folder"
+    )
 
 
 def _guesses(model: str, spec: DataSpec, tensors: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
