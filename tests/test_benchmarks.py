@@ -53,7 +53,12 @@ def test_the_part_about_networks_to_give_away(tmp_path: Path) -> None:
     run.measure("export", tmp_path, small=True)
     rows = run.read(tmp_path / "benchmarks" / "export.csv")
     contenders = {row.contender for row in rows}
-    assert {"eager, compact, 1 image", "ONNX Runtime, dense, 32 images", "file: packed", "parameters: dense"} <= contenders
+    assert {
+        "eager, compact, 1 image",
+        "ONNX Runtime, dense, 32 images",
+        "file: packed",
+        "parameters: dense",
+    } <= contenders
     assert all(row.value > 0 for row in rows)
     assert {ratio.of for ratio in part.RATIOS} >= {name for name in contenders if "dense" not in name}
     assert "| resnet8 | ONNX Runtime, compact, 32 images |" in run.page(tmp_path)
