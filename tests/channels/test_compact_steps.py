@@ -3,6 +3,9 @@
 import copy
 import itertools
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +301,22 @@ def test_a_compiled_model_trains_compact() -> None:
         found.append(net.state_dict())
     for name, value in found[0].items():
         torch.testing.assert_close(value, found[1][name])
+
+
+def test_two_ranks_train_compact_as_they_train_whole(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, str(root / "tests/ranks/compact_ddp.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, value in first["compact"]["state"].items():
+        assert torch.equal(value, second["compact"]["state"][name]), name
+        torch.testing.assert_close(value, first["whole"]["state"][name], rtol=1e-8, atol=1e-10)
+    assert first["compact"]["parts"] and not first["whole"]["parts"]
