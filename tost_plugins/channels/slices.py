@@ -92,19 +92,46 @@ class SlicedNorm(_Sliced):
         self.num_batches_tracked.add_(1)
         step = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         out = F.batch_norm(input, mean, var, weight, bias, True, step, self.eps)
-        self._go_on(mean, var, step)
+        _go_on(self, mean, var, step)
         return out
 
-    @torch.no_grad()
-    def _go_on(self: Any, mean: Tensor, var: Tensor, step: float) -> None:
-        """Write the statistics back; channels that are left out have seen a constant."""
-        fill, kept = self.tost_slices.part.fill, self.tost_slices.outputs
-        if fill is not None:
-            seen = torch.as_tensor(fill, dtype=mean.dtype, device=mean.device).expand(self.running_mean.shape)
-            self.running_mean.lerp_(seen, step)
-            self.running_var.mul_(1 - step)
-        self.running_mean.index_copy_(0, kept.to(mean.device), mean)
-        self.running_var.index_copy_(0, kept.to(var.device), var)
+
+class SlicedOwnNorm(_Sliced):
+    """Mixin for a batch norm with a forward pass of its own, timm's with an activation in it say: it finds parts in the place
+    of its tensors."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        kept = self.tost_slices.outputs
+        if self.tost_slices.part is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        params, stats = dict(self._parameters), dict(self._buffers)
+        counted = None if stats.get("num_batches_tracked") is None else int(stats["num_batches_tracked"])
+        try:
+            for tensors in (self._parameters, self._buffers):
+                for name in {"weight", "bias", "running_mean", "running_var"} & tensors.keys():
+                    tensors[name] = None if tensors[name] is None else _of(tensors[name], kept)
+            out = super().forward(*args, **kwargs)  # type: ignore[misc]
+            mean, var = self._buffers.get("running_mean"), self._buffers.get("running_var")
+        finally:
+            self._parameters.update(params)
+            self._buffers.update(stats)
+        if counted is not None and mean is not None and var is not None and self.training:
+            now = int(self.num_batches_tracked)
+            step = 1.0 / max(now, 1) if self.momentum is None else self.momentum
+            _go_on(self, mean, var, step if now > counted else 0.0)
+        return out
+
+
+@torch.no_grad()
+def _go_on(norm: Any, mean: Tensor, var: Tensor, step: float) -> None:
+    """Write the statistics back; channels that are left out have seen a constant."""
+    fill, kept = norm.tost_slices.part.fill, norm.tost_slices.outputs
+    if fill is not None:
+        seen = torch.as_tensor(fill, dtype=mean.dtype, device=mean.device).expand(norm.running_mean.shape)
+        norm.running_mean.lerp_(seen, step)
+        norm.running_var.mul_(1 - step)
+    norm.running_mean.index_copy_(0, kept.to(mean.device), mean)
+    norm.running_var.index_copy_(0, kept.to(var.device), var)
 
 
 def add(model: nn.Module) -> None:
@@ -161,4 +188,6 @@ def _mixin_for(module: nn.Module) -> type | None:
     own = original_class(module)
     if own in CONVOLUTIONS:
         return SlicedConvolution
-    return SlicedLinear if own is nn.Linear else SlicedNorm if own in NORMS else None
+    if own is nn.Linear:
+        return SlicedLinear
+    return SlicedNorm if own in NORMS else SlicedOwnNorm if issubclass(own, NORMS) else None
