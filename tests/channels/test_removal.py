@@ -109,8 +109,8 @@ def test_it_is_an_ordinary_network() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        first = float(loss) if first is None else first
-    assert float(loss) < first
+        first = loss.detach() if first is None else first
+    assert loss < first
 
 
 def of_layers(*layers: nn.Module) -> nn.Module:

@@ -94,17 +94,6 @@ def _smaller(cuts: _Cuts) -> tuple[nn.Module, float, Cut, list[str]]:
     return small, difference, cut, whole
 
 
-class _Planner(Planner):
-    """Also makes norms of others smaller that are batch norms with something behind, as timm's are."""
-
-    def _norm(self, call: Any, module: nn.Module, ins: Any) -> Any:
-        if not isinstance(module, NORMS) or type(module) in NORMS or len(ins) != 1:
-            return super()._norm(call, module, ins)
-        inside = self._along(ins[0], 1)
-        self._note(call.module, inside, inside)
-        return [inside]
-
-
 class _Cuts:
     """What can be cut out of one network under its mask."""
 
@@ -126,7 +115,7 @@ class _Cuts:
 
     def cut(self, whole: Iterable[str]) -> Cut:
         """The parts that stay, all of the modules in `whole`, and what biases get from constant channels that go."""
-        planner = _Planner(self.plain, self.tape, self.live)
+        planner = Planner(self.plain, self.tape, self.live)
         for path in whole:
             for channels in (channels for called in planner.called[path] for channels in called):
                 if channels is not None:
