@@ -35,7 +35,8 @@ class Cut(NamedTuple):
 
 def compact(model: nn.Module, mask: Mapping[str, Tensor], example: Any) -> nn.Module:
     """An ordinary network of its own, in eval mode, without the channels that no path of kept weights runs through: smaller
-    layers and norms, and the same outputs as `model` in eval mode with this mask. `example` is a batch that it runs on.
+    layers and norms, and the same outputs as `model` in eval mode with this mask. `example` is a batch that it runs on, with
+    images of the size that the network is for: at another size other weights of a kernel may lie over the padding alone.
 
     A channel that nothing reaches is constant, and a layer that reads it takes the constant into its bias, unless zeros are
     padded around it: then the channel stays, as do all channels of what cannot be made smaller. The outputs are compared in

@@ -101,14 +101,16 @@ def outputs(net: nn.Module, batch: Any) -> list[Tensor]:
 
 
 def _apart(found: list[list[Tensor]], wanted: list[list[Tensor]], most: float) -> float | None:
-    """The largest difference; None for other shapes, and where it is more than this share of the largest number."""
+    """The largest difference; None for other shapes, and where it is more than this share of the largest number, or than types
+    of few bits round off."""
     largest = 0.0
     for ours, theirs in zip(found, wanted, strict=True):
         if [part.shape for part in ours] != [part.shape for part in theirs]:
             return None
         for a, b in zip(ours, theirs, strict=True):
             apart = float((a - b).abs().max()) if a.numel() else 0.0
-            if not apart <= most * max(float(b.abs().max()) if b.numel() else 0.0, 1e-30):
+            share = max(most, 32 * torch.finfo(b.dtype).eps)
+            if not apart <= share * max(float(b.abs().max()) if b.numel() else 0.0, 1e-30):
                 return None
             largest = max(largest, apart)
     return largest
