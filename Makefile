@@ -22,7 +22,7 @@ test-long: .venv/installed
 test-newest: .venv-newest/installed
 	$(call PYTEST,composer torchvision timm datasets,.venv-newest) -n $(WORKERS) --dist worksteal
 
-# About 45 minutes on 2 cores that do nothing else; `.venv/bin/python benchmarks/run.py PART` measures one part.
+# About 50 minutes on 2 cores that do nothing else; `.venv/bin/python benchmarks/run.py PART` measures one part.
 # sparsimony and OpenVINO are contenders where they can be had; the first asks for numpy 1, and works with 2.
 bench: .venv/installed
 	-.venv/bin/pip install --quiet --no-deps sparsimony==0.1.0
