@@ -22,10 +22,11 @@ test-long: .venv/installed
 test-newest: .venv-newest/installed
 	$(call PYTEST,composer torchvision timm datasets,.venv-newest) -n $(WORKERS) --dist worksteal
 
-# About 45 minutes on 2 cores that do nothing else; `.venv/bin/python benchmarks/run.py PART` measures one part.
-# sparsimony is a contender where it can be had: it asks for numpy 1, and works with 2.
+# About 50 minutes on 2 cores that do nothing else; `.venv/bin/python benchmarks/run.py PART` measures one part.
+# sparsimony and OpenVINO are contenders where they can be had; the first asks for numpy 1, and works with 2.
 bench: .venv/installed
 	-.venv/bin/pip install --quiet --no-deps sparsimony==0.1.0
+	-.venv/bin/pip install --quiet openvino==2026.4.*
 	HF_HUB_OFFLINE=1 .venv/bin/python benchmarks/run.py
 
 lint: .venv/installed

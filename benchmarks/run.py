@@ -36,7 +36,7 @@ from tost_plugins.lab.train import environment
 ROOT = Path(__file__).resolve().parent.parent
 #: Part -> the script that measures it, and about how many minutes it takes on 2 cores.
 PARTS = {"step": ("step", 13), "trainers": ("trainers", 7), "finding": ("finding", 12), "memory": ("memory", 3),
-         "growth": ("growth", 3), "startup": ("startup", 1), "train": ("end_to_end", 4),
+         "growth": ("growth", 3), "export": ("compact_export", 6), "startup": ("startup", 1), "train": ("end_to_end", 4),
          "builds": ("builds", 8), "compact": ("compact", 8)}  # fmt: skip
 HEAD = """# What it costs
 
@@ -116,9 +116,9 @@ def table(rows: list[Row], ratios: Iterable[Ratio]) -> tuple[list[str], list[boo
 
 
 def amount(value: float, unit: str) -> str:
-    """A time or a size, for people."""
-    if unit == "B":
-        return f"{value / 2**20:,.2f} MiB"
+    """A time, a size or a number, for people."""
+    if unit != "s":
+        return f"{value / 2**20:,.2f} MiB" if unit == "B" else f"{value:,.0f}"
     return f"{value * 1e3:,.1f} ms" if value < 1 else f"{value:,.2f} s"
 
 
@@ -135,8 +135,9 @@ def machine() -> str:
 def versions() -> str:
     """Python and the packages that a result depends on."""
     found = {key: value for key, value in environment().items() if key != "platform"}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found["sparsimony"] = importlib.metadata.version("sparsimony")
+    for name in ("sparsimony", "onnxruntime", "openvino"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
 

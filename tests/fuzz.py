@@ -2,7 +2,7 @@
 
 Each input must end in success or in a TostError of one line. tests/test_strangers.py runs some hundreds; by hand:
 
-    python tests/fuzz.py --target recipe|mask|export --count 10000 [--seed 0] [--engine hypothesis|atheris]
+    python tests/fuzz.py --target recipe|mask|export|packed --count 10000 [--seed 0] [--engine hypothesis|atheris]
 
 It prints how many inputs ended how, and stops at the first that ends in anything else (after 120 s as a hang).
 """
@@ -34,7 +34,8 @@ from safetensors.torch import save
 from torch import nn
 from torch.nn.utils import prune
 
-from tost_plugins import Mask, Recipe, TostError
+from tost_plugins import Mask, Recipe, TostError, load_packed
+from tost_plugins.channels.packed import FORMAT, checksum, save_packed
 from tost_plugins.lab.export import export
 from tost_plugins.recipe.recipe import shipped
 
@@ -74,7 +75,12 @@ def read_checkpoint(path: Path) -> None:
     export(path, path.with_suffix(".out"), unfinished=True)
 
 
-TARGETS = {"recipe": read_recipe, "mask": read_mask, "export": read_checkpoint}
+def read_packed(path: Path) -> None:
+    net = network()
+    load_packed(net, path)(torch.zeros(1, 1, 3, 3))
+
+
+TARGETS = {"recipe": read_recipe, "mask": read_mask, "export": read_checkpoint, "packed": read_packed}
 
 
 def attempt(target: str, content: bytes, folder: Path) -> None:
@@ -90,11 +96,31 @@ def recipes() -> list[bytes]:
     return [path.read_bytes() for path in shipped().values()]
 
 
-def masks() -> list[bytes]:
-    """A small network's mask in each format that is read: ours, pruned, plain, weights, old torch, numpy, nested."""
+def network() -> nn.Sequential:
+    """A small network, of which much is 0."""
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(3, 2))
     with torch.no_grad():
         net[0].weight[::2] = 0
+    return net
+
+
+def packed() -> list[bytes]:
+    """Its packed file, and one of the same network without its last channel."""
+    net, small = network(), nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2))
+    with tempfile.TemporaryDirectory() as folder:
+        whole, part = Path(folder) / "whole", Path(folder) / "part"
+        save_packed(whole, net.state_dict())
+        save_packed(part, small.state_dict(), SIZES)
+        return [whole.read_bytes(), part.read_bytes()]
+
+
+SIZES = {"0": {"in_channels": (1, 1), "out_channels": (3, 2), "groups": (1, 1)},
+         "2": {"in_features": (3, 2), "out_features": (2, 2)}}  # fmt: skip
+
+
+def masks() -> list[bytes]:
+    """A small network's mask in each format that is read: ours, pruned, plain, weights, old torch, numpy, nested."""
+    net = network()
     mask = Mask.from_zeros({"0.weight": net[0].weight, "2.weight": net[2].weight})
     with tempfile.TemporaryDirectory() as folder:
         mask.save(Path(folder) / "mask")
@@ -391,6 +417,40 @@ def headed(draw: st.DrawFn) -> bytes:
     return struct.pack("<Q", length) + text + data
 
 
+@st.composite
+def described(draw: st.DrawFn) -> bytes:
+    """A packed file whose checksum is right, and whose header says anything about what is in it."""
+    side = st.sampled_from([0, 1, 2, 3, 9, -1, 2**31, 2**63, 10**20, True, 1.5, "3", None, [3, 2], [3, 3], [3]])
+    tensors = {name: tensor.clone() for name, tensor in network().state_dict().items()}
+    tensors["0.weight"] = tensors["0.weight"].reshape(-1)[9:18]
+    tensors["bits:0.weight"] = torch.from_numpy(np.packbits([i in range(9, 18) for i in range(27)]))
+    shapes, sizes = {"0.weight": [3, 1, 3, 3]}, {}
+    for _ in range(draw(st.integers(0, 2))):
+        name = draw(st.sampled_from(["0.weight", "2.weight", "0.bias", "other", ""]))
+        path = draw(st.sampled_from(["0", "2", "1", "", "other"]))
+        change = draw(st.sampled_from(["drop", "cut", "shape", "size", "sizes", "shapes"]))
+        if change == "drop":
+            tensors.pop(draw(st.sampled_from(sorted(tensors))))
+        elif change == "cut":
+            key = draw(st.sampled_from(sorted(tensors)))
+            tensors[key] = tensors[key][: draw(st.integers(0, 3))].clone()
+        elif change == "shape":
+            shapes = {**shapes, name: draw(st.lists(side, max_size=4))}
+        elif change == "size":
+            sizes = {
+                path: draw(st.dictionaries(st.sampled_from(["in_channels", "in_features", "groups"]), side, max_size=3))
+            }
+        elif change == "sizes":
+            sizes = draw(VALUES)
+        else:
+            shapes = draw(st.one_of(st.just({}), VALUES))
+        if not isinstance(shapes, dict):
+            break
+    version = draw(st.sampled_from([1] * 9 + [0, 2, "1", None, 10**20, True]))
+    about = {"version": version, "checksum": checksum(tensors), "shapes": shapes, "sizes": sizes}
+    return save(tensors, metadata={FORMAT: json.dumps(about, default=str)})
+
+
 def inputs(target: str) -> st.SearchStrategy[bytes]:
     if target == "recipe":
         return st.one_of(
@@ -400,6 +460,8 @@ def inputs(target: str) -> st.SearchStrategy[bytes]:
             st.binary(max_size=60),
             st.lists(SNIPPETS, max_size=20).map(lambda parts: "".join(parts).encode("utf-8", "surrogatepass")),
         )
+    if target == "packed":
+        return st.one_of(mutated(packed()), described(), described(), headed(), st.binary(max_size=60))
     return st.one_of(mutated(masks()), mutated(masks()), headed(), st.binary(max_size=60))
 
 
@@ -429,7 +491,7 @@ def with_atheris(target: str, count: int, seed: int, folder: Path) -> None:
 
     corpus = folder / "corpus"
     corpus.mkdir()
-    for number, content in enumerate(recipes() if target == "recipe" else masks()):
+    for number, content in enumerate({"recipe": recipes, "packed": packed}.get(target, masks)()):
         (corpus / str(number)).write_bytes(content)
     for function in _functions():
         atheris.instrument_func(function)

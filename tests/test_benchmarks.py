@@ -47,6 +47,23 @@ def test_a_part_leaves_rows_and_a_page(tmp_path: Path) -> None:
     assert line.endswith("at most 1.02 | held |" if median <= 1.02 else "at most 1.02 | **missed** |")
 
 
+def test_the_part_about_networks_to_give_away(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    run, part = importlib.import_module("run"), importlib.import_module("compact_export")
+    run.measure("export", tmp_path, small=True)
+    rows = run.read(tmp_path / "benchmarks" / "export.csv")
+    contenders = {row.contender for row in rows}
+    assert {
+        "eager, compact, 1 image",
+        "ONNX Runtime, dense, 32 images",
+        "file: packed",
+        "parameters: dense",
+    } <= contenders
+    assert all(row.value > 0 for row in rows)
+    assert {ratio.of for ratio in part.RATIOS} >= {name for name in contenders if "dense" not in name}
+    assert "| resnet8 | ONNX Runtime, compact, 32 images |" in run.page(tmp_path)
+
+
 def test_ratios_are_those_of_the_same_round() -> None:
     interleave = importlib.import_module("interleave")
     times = {"a": [2.0, 3.0], "b": [1.0, 1.5], "rare": [5.0, 7.5]}

@@ -58,6 +58,11 @@ def test_the_masks_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "mask.safetensors").exists()
 
 
+def test_the_export_page_runs() -> None:
+    for block in blocks("docs/export.md"):
+        exec(block, {})
+
+
 def test_the_readme_loop_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (recipe,) = blocks("README.md", "yaml")

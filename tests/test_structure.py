@@ -26,6 +26,9 @@ OUTSIDE = {
     "sklearn",
     "matplotlib",
     "scipy",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
 }
 MAY_REACH_OUTSIDE = {"lab"}
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from tost_plugins.adapters.accelerate import TostHook
     from tost_plugins.adapters.composer import TostAlgorithm
     from tost_plugins.adapters.transformers import TostCallback
+    from tost_plugins.channels.packed import load_packed
+    from tost_plugins.channels.removal import compact
     from tost_plugins.errors import TostError
     from tost_plugins.lottery.ticket import LotteryTicket
     from tost_plugins.masks.mask import Mask
@@ -26,6 +28,8 @@ __all__ = [
     "TostCallback",
     "TostError",
     "TostHook",
+    "compact",
+    "load_packed",
     "masks",
 ]
 
@@ -38,6 +42,8 @@ _HOME = {
     "TostCallback": "adapters.transformers",
     "TostError": "errors",
     "TostHook": "adapters.accelerate",
+    "compact": "channels.removal",
+    "load_packed": "channels.packed",
 }
 
 

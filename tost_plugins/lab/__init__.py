@@ -2,5 +2,5 @@
 `data`, with its `checkpoints`, `export` and `progress`. Many: `compare`, `lottery`, `grid`, `studies`, `reproduce`. What people
 look at: `cli`, `report`, `page`.
 
-May import: errors, training, files, masks, tweaks, session, recipe, lottery, adapters.
+May import: errors, training, files, masks, channels, tweaks, session, recipe, lottery, adapters.
 """

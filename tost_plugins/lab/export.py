@@ -4,42 +4,91 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from tost_plugins.channels.packed import FORMAT as PACKED
+from tost_plugins.channels.packed import save_packed
+from tost_plugins.channels.removal import compact as smaller
+from tost_plugins.channels.sizes import changed
 from tost_plugins.errors import TostError, shown
 from tost_plugins.files.tensors import by_clean_name, comparable, read_tensors, write_tensors
-from tost_plugins.masks.mask import FORMAT
+from tost_plugins.lab.export_formats import write_onnx, write_pt2
+from tost_plugins.lab.export_network import network
+from tost_plugins.masks.mask import FORMAT, Mask
 from tost_plugins.session import buffers
+from tost_plugins.training.params import prunable
 from tost_plugins.tweaks.soft_activation import RELU
+
+#: What `export` can write.
+Form = Literal["safetensors", "packed", "onnx", "pt2"]
 
 _FILES = ("model.safetensors", "last.pt", "pytorch_model.bin")
 
 
-def export(source: str | Path, out: str | Path, unfinished: bool = False) -> dict[str, Any]:
-    """Write the plain network in `source` to `out` (safetensors) and return what it is: layers, sparsity, parameters.
+def export(
+    source: str | Path, out: str | Path, unfinished: bool = False, form: Form = "safetensors", compact: bool = False
+) -> dict[str, Any]:
+    """Write the plain network in `source` to `out` and return what it is: layers, sparsity, parameters.
 
     `source` is a run folder of `tost train`, a checkpoint folder (Hugging Face, Accelerate) or a file (Composer,
     torch.save, safetensors). Weights outside the mask become exactly 0. A checkpoint from a moment when ghosts or soft
     activations were still at work computes something else than the plain network: a TostError, unless `unfinished`.
+
+    "safetensors" is a state dict, "packed" a file for `load_packed`; "onnx" and "pt2" are networks for ONNX Runtime and
+    torch.export, compared with PyTorch first. `compact` leaves out channels without a path; that file is for `load_packed`
+    too. The last three need a run's folder, whose recipe says what network it is.
     """
     path = find(Path(source))
     try:
-        return _export(path, Path(out), unfinished)
+        return _export(path, Path(out), unfinished, form, compact)
     except TostError as error:
         raise error.at(f"export {path}") from None
 
 
-def _export(path: Path, out: Path, unfinished: bool) -> dict[str, Any]:
+def _export(path: Path, out: Path, unfinished: bool, form: Form, compact: bool) -> dict[str, Any]:
     if path.resolve() == out.resolve():
         raise TostError("expected another file to write to, got the checkpoint itself; choose a new name")
+    plain, masked = _plain(path, unfinished)
+    weights = {name: plain[name] for name in masked} or {n: t for n, t in plain.items() if t.ndim >= 2}
+    size = sum(tensor.numel() for tensor in weights.values())
+    kept = sum(int(comparable(tensor).count_nonzero()) for tensor in weights.values())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        more = _write(path, out, plain, form, compact)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        if isinstance(error, TostError):
+            raise
+        raise TostError(f"expected tensors that safetensors can hold, got others ({error})") from None
+    return {"source": str(path), "out": str(out), "tensors": len(plain), "layers": len(weights),
+            "sparsity": 1 - kept / size if size else 0.0, "bytes": out.stat().st_size, **more}  # fmt: skip
+
+
+def _write(path: Path, out: Path, plain: dict[str, Tensor], form: Form, compact: bool) -> dict[str, Any]:
+    """Write the file; what else there is to say about it."""
+    if not compact and form in ("safetensors", "packed"):
+        save_packed(out, plain) if form == "packed" else write_tensors(out, plain)
+        return {}
+    model, images = network(path, plain)
+    made = smaller(model, Mask.from_zeros(prunable(model)), images) if compact else model
+    more: dict[str, Any] = {"parameters": sum(param.numel() for param in made.parameters())}
+    if form in ("safetensors", "packed"):
+        save_packed(out, made.state_dict(), changed(model, made), pack=form == "packed")
+        return more
+    return more | {"difference": (write_onnx if form == "onnx" else write_pt2)(out, made, images)}
+
+
+def _plain(path: Path, unfinished: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """The plain network's tensors, with zeros where a mask says so, and the names of those that have a mask."""
     found, metadata = read_tensors(path)
     tensors = by_clean_name(found)
     if metadata.get("format") == FORMAT:
         raise TostError("expected a checkpoint, got a mask file, which holds no weights; see tost mask")
+    if PACKED in metadata:
+        raise TostError("expected a checkpoint, got a file of tost export; load it with tost_plugins.load_packed")
     live = [name for name, value in tensors.items() if _is_live(name, value)]
     if live and not unfinished:
         raise TostError(
@@ -56,16 +105,7 @@ def _export(path: Path, out: Path, unfinished: bool) -> dict[str, Any]:
             )
         # not masked_fill, which knows no floats of 8 bits
         plain[name] = torch.where(comparable(mask) != 0, comparable(plain[name]), 0).to(plain[name].dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write_tensors(out, plain)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise TostError(f"expected tensors that safetensors can hold, got others ({error})") from None
-    weights = {name: plain[name] for name in masks} or {n: t for n, t in plain.items() if t.ndim >= 2}
-    size = sum(tensor.numel() for tensor in weights.values())
-    kept = sum(int(comparable(tensor).count_nonzero()) for tensor in weights.values())
-    return {"source": str(path), "out": str(out), "tensors": len(plain), "layers": len(weights),
-            "sparsity": 1 - kept / size if size else 0.0}  # fmt: skip
+    return plain, list(masks)
 
 
 def find(source: Path) -> Path:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tost_plugins.recipe.recipe import Recipe
 
 RecipeArg = Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")]
-TargetArg = Annotated[Path, typer.Argument(help="The safetensors file to write.")]
+TargetArg = Annotated[Path, typer.Argument(help="The file to write.")]
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key, like mask.sparsity=0.95 (repeatable).")
 ]

@@ -50,14 +50,25 @@ def export(
     source: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint of any trainer.")],
     target: TargetArg,
     unfinished: Annotated[bool, typer.Option(help="Also from a checkpoint where ghosts were still at work.")] = False,
+    compact: Annotated[bool, typer.Option("--compact", help="Without the channels that no path runs through.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="For ONNX Runtime and others, compared with PyTorch.")] = False,
+    pt2: Annotated[bool, typer.Option("--pt2", help="For torch.export.load, compared with PyTorch.")] = False,
+    packed: Annotated[bool, typer.Option("--packed", help="Bits and what is not 0: for load_packed.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn a checkpoint into the plain sparse network: its own keys, no ghosts, exact zeros."""
+    """Turn a checkpoint into the plain sparse network: its own keys, no ghosts, exact zeros. With --compact, --onnx or --pt2
+    from a run's folder, whose recipe says what network it is."""
+    from tost_plugins.errors import wrong
     from tost_plugins.lab.export import export as run
 
-    result = run(source, target, unfinished)
+    forms = [name for name, asked in (("onnx", onnx), ("pt2", pt2), ("packed", packed)) if asked]
+    if len(forms) > 1:
+        raise wrong("tost export", "one of --onnx, --pt2, --packed", " ".join(forms), "write one file after the other")
+    result = run(source, target, unfinished, forms[0] if forms else "safetensors", compact)  # type: ignore[arg-type]
     what = f"{result['tensors']} tensors, sparsity {result['sparsity']:.4f} over {result['layers']} layers"
-    show(as_json, result, f"{result['source']} -> {result['out']}: {what}")
+    more = f", {result['parameters']:,} parameters" if "parameters" in result else ""
+    more += f", logits apart by {result['difference']:.1e} at most" if "difference" in result else ""
+    show(as_json, result, f"{result['source']} -> {result['out']}: {what}{more}, {result['bytes']:,} bytes")
 
 
 def _show_mask(mask: Any, path: Path, as_json: bool) -> None:
