@@ -625,7 +625,9 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
         assert found["runs"]["whole"]["sent"] == found["sent"] and sum(found["sent"].values()) >= 3
         assert len(found["refused"]) == 2
         evaluated, _, not_evaluated = " ".join(found["by themselves"]).partition("----")
-        assert ("expected the model in DDP, got 2 processes" in evaluated) == (found is ranks[0])  # rank 0 speaks for all
+        assert ("expected the model in DDP, got 2 processes" in evaluated) == (
+            found is ranks[0]
+        )  # rank 0 speaks for all
         assert "expected the model in DDP" not in not_evaluated
         assert all(text.startswith("TostCallback: expected one process or DDP, got FSDP") for text in found["refused"])
 
