@@ -102,18 +102,6 @@ class TostCallback(TrainerCallback, ExportableState):
                 f"label_smoothing out of the tweaks"
             )
             session.smoothing.leave_out(twice, "the Trainer smooths labels itself")
-        own = getattr(_caller(Trainer), "compute_loss_func", None)
-        if (
-            session.smoothing.tweak is not None
-            and getattr(args, "ddp_static_graph", None)
-            and args.world_size > 1
-            and own is None
-        ):
-            bound = TostError(
-                "TostCallback: label_smoothing: expected DDP to let go of the loss that a model returns, got "
-                "ddp_static_graph=True; leave that out, or label_smoothing out of the tweaks"
-            )
-            session.smoothing.leave_out(bound, "ddp_static_graph")
         if args.n_gpu > 1:
             raise TostError(
                 f"TostCallback: expected one process per GPU, got one for {args.n_gpu} (DataParallel, whose copies share "

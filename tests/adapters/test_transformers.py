@@ -620,6 +620,7 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
     assert rigl[0] == rigl[1] != rigl[2] == rigl[3] != rigl[4] and dnw[0] != dnw[-1]
     assert not differences(first["unused"]["mask"], first["strict"]["mask"])
     assert not differences(first["whole"]["weights"], first["resumed"]["weights"])
+    assert not differences(first["whole"]["weights"], first["static"]["weights"])  # labels smoothed there too
     assert first["whole"]["states"][3:] == first["resumed"]["states"]
     for found in ranks:
         assert found["runs"]["whole"]["sent"] == found["sent"] and sum(found["sent"].values()) >= 3

@@ -129,6 +129,7 @@ if __name__ == "__main__":
         "unused": train(folder / "unused", ddp_find_unused_parameters=True),
         "strict": train(folder / "strict", **strict, gradient_accumulation_steps=2),
         "whole": train(folder / "whole", **strict, **saved),
+        "static": train(folder / "static", **strict, ddp_static_graph=True),
         "resumed": train(folder / "resumed", str(folder / "whole" / "checkpoint-3"), **strict),
     }
     for kind, recipe in MOVING.items():

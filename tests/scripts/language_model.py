@@ -6,7 +6,7 @@ import os
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from notes import Notes
 from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, default_data_collator, get_scheduler
@@ -46,7 +46,10 @@ def evaluate(accelerator, model, loader, batch_size):
 
 def main(args):
     seeded = DataLoaderConfiguration(use_seedable_sampler=True)
-    accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True, dataloader_config=seeded)
+    ddp = DistributedDataParallelKwargs(static_graph=args.ddp_static_graph)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps, cpu=True, dataloader_config=seeded, kwargs_handlers=[ddp]
+    )  # fmt: skip
     set_seed(args.seed)
     train_loader = DataLoader(Blocks(48, 12, 20, 1), args.batch_size, shuffle=True, collate_fn=default_data_collator)
     eval_loader = DataLoader(Blocks(16, 12, 20, 2), args.batch_size, collate_fn=default_data_collator)
@@ -111,6 +114,8 @@ if __name__ == "__main__":
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--weight_decay", type=float, default=0.1)
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=2)
+    parser.add_argument("--ddp_static_graph", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test_only", action="store_true")
     parser.add_argument("--resume")

@@ -137,6 +137,17 @@ def look_at_accelerate(folder: Path, found: Found) -> None:
     assert found["resumed"][0]["after"] == found["tost"][0]["after"]
 
 
+def static_graph(folder: Path) -> dict[str, Any]:
+    line = ["--gradient_accumulation_steps=1", "--tost", DEFAULT]  # torch takes no steps apart under a static graph
+    return {"no static graph": (2, line), "static graph": (2, [*line, "--ddp_static_graph"])}
+
+
+def look_at_static_graph(folder: Path, found: Found) -> None:
+    """The loss comes out of DDP, which waits for its gradients, and labels are smoothed in it."""
+    assert len({rank["weights"] for name in ("no static graph", "static graph") for rank in found[name]}) == 1
+    assert all(", label_smoothing" in (folder / name / "log.0").read_text() for name in static_graph(folder))
+
+
 def look_at_averages(folder: Path, found: Found) -> None:
     """The average is evaluated as the plain sparse network that it becomes."""
     for name in ("tost", "moving", "tost, two"):
@@ -183,7 +194,7 @@ SCRIPTS = {
         also=hf_also,
         look=look_at_hf,
     ),
-    "language_model": Script(needs=("transformers", "accelerate")),
+    "language_model": Script(needs=("transformers", "accelerate"), also=static_graph, look=look_at_static_graph),
     "regression": Script(look=look_at_regression),
     "segmentation": Script(),
     "timm_loop": Script(needs=("timm",), train=("--smoothing=0.1",), look=look_at_averages),
