@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import os
 
 import torch
@@ -113,8 +114,11 @@ def main(args):
     steps = args.epochs * len(loader)
     with contextlib.ExitStack() as sparse:
         if args.tost:
-            sparse.enter_context(sparse_g.drive(optimizer_g, [fixed_noise], total_steps=steps))
-            sparse.enter_context(sparse_d.drive(optimizer_d, loader, total_steps=steps))
+            judge = copy.deepcopy(net_d).eval()  # who looks at the generator's loss moves no norm of the discriminator
+            how_g = {"criterion": lambda fake, noise: F.binary_cross_entropy(judge(fake), torch.ones(len(fake)))}
+            how_d = {"criterion": lambda score, batch: F.binary_cross_entropy(score, torch.ones(len(score)))}
+            sparse.enter_context(sparse_g.drive(optimizer_g, [fixed_noise], total_steps=steps, **how_g))
+            sparse.enter_context(sparse_d.drive(optimizer_d, loader, total_steps=steps, **how_d))
         for epoch in range(args.epochs):
             if distributed:
                 sampler.set_epoch(epoch)

@@ -202,6 +202,16 @@ SCRIPTS = {
 }  # fmt: skip
 
 
+def test_torchrun_starts_one_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    args = [str(HERE / "regression.py"), "--epochs", "2", "--tost", DEFAULT, "--output_dir", str(tmp_path)]
+    done = subprocess.run([*command, *args], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0 and done.stderr.count("tost: recipe ") == 1, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"notes.{rank}.json").read_text()) for rank in (0, 1))
+    assert first["weights"] == second["weights"] and first["data"] != second["data"]
+    assert abs(first["zeros"] - 0.9 * first["of"]) <= 1
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_with_and_without_the_line(name: str, tmp_path: Path) -> None:
     for package in SCRIPTS[name].needs:
