@@ -28,7 +28,7 @@ CASES = {
     "powersgd, views": (STATIC, {"gradient_as_bucket_view": True}),
     "powersgd, static graph": (STATIC, {"static_graph": True}),
     "powersgd, rigl": (RIGL, {}),
-    "bf16": (STATIC, {}),
+    "fp16": (STATIC, {}),
     "static graph": (STATIC, {"static_graph": True}),
     "plain": (STATIC, {}),
 }
@@ -44,8 +44,8 @@ def train(case: str) -> dict[str, Any]:
         # the gradients of ghosts that lie dormant are 0, which PowerSGD divides by without an epsilon
         power = PowerSGDState(None, start_powerSGD_iter=2, min_compression_rate=0.1, orthogonalization_epsilon=1e-8)
         wrapped.register_comm_hook(power, powerSGD_hook)
-    elif case == "bf16":
-        wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
+    elif case == "fp16":
+        wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05, momentum=0.9)
     norms, sparse, outside = [], [], []
     with session.drive(optimizer, batches, total_steps=STEPS):
