@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import sys
 from collections.abc import Callable
@@ -101,18 +102,6 @@ class TostCallback(TrainerCallback, ExportableState):
                 f"label_smoothing out of the tweaks"
             )
             session.smoothing.leave_out(twice, "the Trainer smooths labels itself")
-        own = getattr(_caller(Trainer), "compute_loss_func", None)
-        if (
-            session.smoothing.tweak is not None
-            and getattr(args, "ddp_static_graph", None)
-            and args.world_size > 1
-            and own is None
-        ):
-            bound = TostError(
-                "TostCallback: label_smoothing: expected DDP to let go of the loss that a model returns, got "
-                "ddp_static_graph=True; leave that out, or label_smoothing out of the tweaks"
-            )
-            session.smoothing.leave_out(bound, "ddp_static_graph")
         if args.n_gpu > 1:
             raise TostError(
                 f"TostCallback: expected one process per GPU, got one for {args.n_gpu} (DataParallel, whose copies share "
@@ -140,6 +129,7 @@ class TostCallback(TrainerCallback, ExportableState):
         batches = length(loader)
         per_epoch = None if batches is None else math.ceil(batches / args.gradient_accumulation_steps)
         trainer, clock = _caller(Trainer), Clock(state.global_step, state.max_steps, per_epoch)
+        _check_synchronised(args, trainer)
         own = getattr(trainer, "compute_loss_func", None)
         how = {"forward": self._forward, "criterion": self._criterion}
         given = self._criterion is not None or self._forward is not call
@@ -224,6 +214,18 @@ def _check_kind(args: Any) -> None:
             f"TostCallback: expected one process or DDP, got {got}, which keeps weights where no mask reaches them; use "
             f"torchrun without fsdp and deepspeed (DDP), or FSDP2 in a loop of your own (TostHook, or session.drive)"
         )
+
+
+def _check_synchronised(args: Any, trainer: Any) -> None:
+    """Warn where several processes train networks of their own: a Trainer that has evaluated before never wraps its model."""
+    if args.world_size > 1 and trainer is not None:
+        parts = trainer.model_wrapped.modules()
+        if not any(isinstance(part, nn.parallel.DistributedDataParallel) for part in parts):
+            say(
+                f"TostCallback: expected the model in DDP, got {args.world_size} processes that each train by themselves, as the "
+                f"Trainer does after an evaluate() before train(); evaluate with another Trainer, or by eval_on_start=True",
+                logging.WARNING,
+            )
 
 
 def _come_first(callback: TostCallback) -> None:

@@ -867,6 +867,33 @@ def test_averaged_weights_in_checkpoints_do_not_upset_the_schedule(tmp_path, cap
     assert "before the schedules ended" not in caplog.text
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["in_front", "behind"])
+def test_what_an_average_is_evaluated_as_is_as_plain_as_the_run(first):
+    """EMA's average of alpha and beta says how strong they were; the run says how strong they are."""
+    seen = []
+
+    class Look(Callback):
+        def eval_batch_end(self, state: State, logger: Logger) -> None:
+            weights = {name: value.clone() for name, value in state.model.state_dict().items()}
+            seen.append((int(state.timestamp.batch), weights, state.batch, state.outputs.clone()))
+
+    net, algorithm, ema = model(), TostAlgorithm(RECIPE), EMA(half_life="4ba", update_interval="1ba")
+    both = [algorithm, ema]
+    run = trainer(
+        net, *(both if first else both[::-1]), callbacks=[Look()], eval_dataloader=loader(), eval_interval="2ba"
+    )
+    run.fit()
+    for step, weights, batch, outputs in seen:
+        plain = model().eval()
+        names = plain.state_dict().keys()
+        plain.load_state_dict({name: value for name, value in weights.items() if name in names})
+        with torch.no_grad():
+            assert torch.equal(plain(batch), outputs) == (step >= 9), step  # ghosts end at 6, soft activations at 9
+        averaged = [float(value) for name, value in weights.items() if name.endswith("alpha")]
+        assert step < 9 or all(value > 0.01 for value in averaged)  # of the average, while it is evaluated
+    assert {step for step, *_ in seen} == {2, 4, 6, 8, 10, 12}
+
+
 # ---- masks that move
 
 RIGL = {"kind": "rigl", "sparsity": 0.5, "every": "2ba", "until": "10ba", "drop": 0.5}

@@ -336,6 +336,19 @@ def test_network_that_torch_func_cannot_differentiate_is_an_error() -> None:
         rescale(Task.of(net, batches=data()), {}, iterations=1)
 
 
+def test_a_loss_that_asks_a_network_with_norms_in_training_mode_is_an_error() -> None:
+    """A discriminator, or a perceptual loss, beside the generator that is looked at."""
+    judge = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    task = Task.of(net, batches=data(), criterion=lambda fake, batch: judge(fake).square().mean())
+    with pytest.raises(
+        Inapplicable, match=r"expected a loss that changes no tensor in place, .*; call eval\(\) on that one"
+    ):
+        rescale(task, {}, iterations=1)
+    judge.eval()
+    assert len(rescale(task, {}, iterations=1)) == 4
+
+
 def test_hardsigmoid_of_mobilenet_v3_works() -> None:
     net = nn.Sequential(nn.Linear(5, 6), nn.Hardsigmoid(), nn.Linear(6, 4), nn.Hardswish(), nn.Linear(4, 3))
     same = copy.deepcopy(net)

@@ -215,6 +215,11 @@ def _placed(iteration: int) -> Iterator[None]:
         if any(words in reason for words in ("derivative for", "functorch", "torch.func")):
             text = f"{where}: expected a network that can be differentiated twice, got one that cannot ({reason})"
             raise Inapplicable(f"{text}; leave rescaled_init out") from error
+        if "mutate a captured Tensor" in reason:
+            raise Inapplicable(
+                f"{where}: expected a loss that changes no tensor in place, got one that does, as a network beside this one does "
+                f"whose norms are in training mode; call eval() on that one, or leave rescaled_init out"
+            ) from error
         if isinstance(error, TostError):
             raise error.at(where) from None
         raise

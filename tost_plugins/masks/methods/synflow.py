@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from tost_plugins.errors import TostError
+from tost_plugins.errors import Inapplicable
 from tost_plugins.masks import ones
 from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
 from tost_plugins.masks.mask import Mask
@@ -154,12 +154,12 @@ def synaptic_flow(task: Task, weights: Mapping[str, Tensor], batch: Any, out: Ma
     for name, grad in derivative(total, own, "synflow").items():
         torch.mul(grad, own[name].detach(), out=out[name]).abs_()
     if not bool(torch.isfinite(total)):
-        raise TostError(
+        raise Inapplicable(
             "synflow: expected a finite sum of outputs, got infinity; the network is too deep for float64, "
             "use another mask method"
         )
     if not any(bool(score.any()) for score in out.values()):
-        raise TostError(
+        raise Inapplicable(
             "synflow: expected outputs that depend on the weights, got scores of 0 everywhere; "
             "check for activations that saturate and layers that are all 0, or use another mask method"
         )
