@@ -24,8 +24,8 @@ from tost_plugins.tweaks.look_ahead import Look, Objective, masked, placed
 _Positive = Annotated[float, Field(gt=0)]
 _Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-#: How many iterations there are at most where nobody says it, what one costs in training steps, and what share of a run's steps
-#: all of them may cost.
+#: How many iterations there are at most where nobody says it, what one costs in training steps (at most: where the optimizer is
+#: cheap and the machine busy), and what share of a run's steps all of them may cost.
 _MOST, _COST, _SHARE = 180, 6, 0.05
 
 #: Over how many iterations the objective is averaged, twice, to see whether it still falls.
@@ -92,7 +92,7 @@ class RescaledInit(Tweak):
     gradient, on half of the batch and half of the next one. Inside a tensor the initial values keep their
     ratios and signs, and pruned weights stay 0. BatchNorm uses the batch; its running statistics stay.
 
-    Fields: `iterations`, from 1; each costs as much as 3 to 5 training steps; None is 180, or fewer where those would cost more
+    Fields: `iterations`, from 1; each costs as much as 3 or 4 training steps; None is 180, or fewer where those would cost more
     than 5 % of the run's steps, or where neither objective falls any more. `look_ahead`, best the
     optimizer's learning rate; toward 0 only the loss itself counts. `norm`: toward 0 only the norm is
     lowered, infinity never limits it. `learning_rate`, about how far one iteration moves a number, which
