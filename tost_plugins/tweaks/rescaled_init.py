@@ -124,7 +124,7 @@ class RescaledInit(Tweak):
         try:
             trainable(task.model)
             with untouched(task.model, task.batches, train=True):
-                batch = next(_endless(task))
+                (batch,) = task.take(1, "rescaled_init")
                 with placed("rescaled_init"):
                     task.loss_at(task.weights(), batch)
         except TostError as error:
