@@ -12,7 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from tost_plugins.errors import TostError
@@ -62,6 +63,7 @@ class TostCallback(TrainerCallback, ExportableState):
         self._plain_from = 0  # the step from which on the network is the plain one
         self._shifts = False  # whether the Trainer counts no first label of a row, as for causal language models
         self._unfollow: list[Callable[[], None]] = []  # what ends the smoothing of the Trainer's loss
+        self._names: Any = None  # the hook that gives what the Trainer loads the model's own names
 
     @property
     def session(self) -> Session:
@@ -108,6 +110,7 @@ class TostCallback(TrainerCallback, ExportableState):
                 f"the ghosts); use torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
         _check_kind(args)
+        self._names = model.register_load_state_dict_pre_hook(_own_names)  # ahead of the session's
         self._session = session.attach(kwargs.get("optimizer"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -163,8 +166,22 @@ class TostCallback(TrainerCallback, ExportableState):
         if self.session.state == "running":
             self.session.finish()
         self.session.release()
+        if self._names is not None:
+            self._names.remove()
         while self._unfollow:
             self._unfollow.pop()()
+
+
+def _own_names(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The Trainer writes some models (ViT, Swin, SegFormer) under other names than they have, as `from_pretrained` takes them,
+    and loads them as they lie there, without being strict, so that nothing comes: give each tensor its name in the model."""
+    own = model.state_dict()
+    written = revert_weight_conversion(model, own) if isinstance(model, PreTrainedModel) else own
+    names = {id(tensor): name for name, tensor in own.items()}
+    found = {f"{prefix}{name}": names[id(value)] for name, value in written.items() if id(value) in names}
+    if len(found.keys() & state_dict.keys()) > len({f"{prefix}{name}" for name in own} & state_dict.keys()):
+        values = {name: state_dict.pop(there) for there, name in found.items() if there in state_dict}
+        state_dict.update({f"{prefix}{name}": value for name, value in values.items()})
 
 
 def _conventions(own: Callable[..., Tensor]) -> dict[str, Any]:

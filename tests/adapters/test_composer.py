@@ -21,7 +21,15 @@ from torch.utils.data import DataLoader, TensorDataset
 pytest.importorskip("composer")
 
 from composer import Callback, Trainer
-from composer.algorithms import EMA, SAM, GradientClipping
+from composer.algorithms import (
+    EMA,
+    SAM,
+    BlurPool,
+    GhostBatchNorm,
+    GradientClipping,
+    SqueezeExcite,
+    WeightStandardization,
+)
 from composer.algorithms import LabelSmoothing as ComposersLabelSmoothing
 from composer.core import DataSpec, Event, State
 from composer.loggers import InMemoryLogger, Logger
@@ -1045,3 +1053,23 @@ def test_two_ranks_agree_and_ghosts_end_without_unused_parameters(tmp_path):
         )
         assert moving["resumed"].pop("states") == moving["whole"].pop("states")[4:]
         assert moving["resumed"].pop("masks") == masks[4:] and moving["resumed"] == moving["whole"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(BlurPool, min_channels=8),
+        functools.partial(GhostBatchNorm, 4),
+        functools.partial(SqueezeExcite, min_channels=8, latent_channels=4),
+        WeightStandardization,
+    ],
+    ids=["BlurPool", "GhostBatchNorm", "SqueezeExcite", "WeightStandardization"],
+)
+def test_what_replaces_layers_goes_in_front(make: Any) -> None:
+    name = type(make()).__name__
+    with pytest.raises(TostError, match=rf"got it in front of {name}; put it behind: write \[{name}\(\.\.\.\), Tost"):
+        trainer(model(), TostAlgorithm(RECIPE), make())
+    right = TostAlgorithm(RECIPE)
+    trainer(model(), make(), right).fit()
+    assert right.session.state == "finished"
+    assert right.session.mask.sparsity == pytest.approx(0.5, abs=0.02)

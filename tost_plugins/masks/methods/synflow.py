@@ -19,6 +19,7 @@ from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scoring import derivative, weights_to_score
 from tost_plugins.masks.topk import choose, counts, dense_layers, split, tell, tell_ties, tied
 from tost_plugins.training.functions import Instead
+from tost_plugins.training.log import shown
 from tost_plugins.training.task import Task, untouched
 
 
@@ -89,7 +90,7 @@ class SynFlow:
         dense = dense_layers(own, counts(own, self.sparsity, self.allocation))
         revived: dict[str, None] = {}
         undecided: dict[str, None] = {}
-        for count in self._counts(own):
+        for count in shown(self._counts(own), self.rounds, "synflow: round"):
             synaptic_flow(task, weights, batch, split(scores, own))
             scores.masked_fill_(~kept, -1)  # what is gone never returns
             kept, lost = choose(own, scores, count, self.on_collapse, dense)
