@@ -57,13 +57,17 @@ def apply_tost(
     return session
 
 
+#: Composer's algorithms that put other modules in the place of convolutions, linear layers and norms.
+_REPLACE = ["BlurPool", "Factorize", "GatedLinearUnits", "GhostBatchNorm", "SqueezeExcite", "WeightStandardization"]
+
+
 class TostAlgorithm(Algorithm):
     """ToST as a Composer algorithm: attaches at INIT, finds the mask before the first batch, finishes at FIT_END.
 
     `recipe` is a Recipe, a dict, a path or a shipped name (None: "tost_any_mask"); overrides are `mask` (a kind, a
-    path, a dict or a Mask), `sparsity`, `tweaks` and `seed`. Put it in front of EMA and SWA in the list; the place of
-    GradientClipping does not matter. Raises TostError on a bad recipe at once, and when the Trainer is made if a part of
-    it has nothing to act on, or something else smooths labels as well.
+    path, a dict or a Mask), `sparsity`, `tweaks` and `seed`. Put it behind what replaces layers (BlurPool, say) and in front of
+    EMA and SWA in the list; the place of GradientClipping does not matter. Raises TostError on a bad recipe at once, and when the
+    Trainer is made if a part of it has nothing to act on, or something else smooths labels as well.
 
     Example:
         >>> TostAlgorithm(sparsity=0.9).recipe.mask.sparsity
@@ -129,6 +133,7 @@ class TostAlgorithm(Algorithm):
                 "TostAlgorithm: expected one process or DDP, got a parallelism_config, with which Composer keeps weights in "
                 "parts; leave it out (DDP), or use FSDP2 (fully_shard) in a loop of your own (session.drive)"
             )
+        self._check_behind(state)
         averages = [type(other).__name__ for other in state.algorithms[: state.algorithms.index(self)]
                     if isinstance(other, (composer.algorithms.EMA, composer.algorithms.SWA))]  # fmt: skip
         if averages and isinstance(self.recipe.mask, Moving) and self.recipe.mask.hides:
@@ -145,6 +150,16 @@ class TostAlgorithm(Algorithm):
         self._take(self._session.recipe)
         if twice is not None and self._session.smoothing.tweak is not None:
             self._session.smoothing.leave_out(twice, "something else smooths labels")
+
+    def _check_behind(self, state: State) -> None:
+        """Raise TostError where what replaces layers comes when masks and ghosts are in them already."""
+        late = [name for other in state.algorithms[state.algorithms.index(self) :]
+                if (name := type(other).__name__) in _REPLACE]  # fmt: skip
+        if late:
+            raise TostError(
+                f"TostAlgorithm: expected to be behind what replaces layers, got it in front of {late[0]}; put it behind: "
+                f"write [{late[0]}(...), TostAlgorithm(...)]"
+            )
 
     def _smoothed_twice(self, model: Any, others: list[type]) -> TostError | None:
         if not any(tweak.kind == "label_smoothing" for tweak in self.recipe.tweaks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import sys
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from tost_plugins.errors import TostError
@@ -61,6 +63,7 @@ class TostCallback(TrainerCallback, ExportableState):
         self._plain_from = 0  # the step from which on the network is the plain one
         self._shifts = False  # whether the Trainer counts no first label of a row, as for causal language models
         self._unfollow: list[Callable[[], None]] = []  # what ends the smoothing of the Trainer's loss
+        self._names: Any = None  # the hook that gives what the Trainer loads the model's own names
 
     @property
     def session(self) -> Session:
@@ -101,24 +104,13 @@ class TostCallback(TrainerCallback, ExportableState):
                 f"label_smoothing out of the tweaks"
             )
             session.smoothing.leave_out(twice, "the Trainer smooths labels itself")
-        own = getattr(_caller(Trainer), "compute_loss_func", None)
-        if (
-            session.smoothing.tweak is not None
-            and getattr(args, "ddp_static_graph", None)
-            and args.world_size > 1
-            and own is None
-        ):
-            bound = TostError(
-                "TostCallback: label_smoothing: expected DDP to let go of the loss that a model returns, got "
-                "ddp_static_graph=True; leave that out, or label_smoothing out of the tweaks"
-            )
-            session.smoothing.leave_out(bound, "ddp_static_graph")
         if args.n_gpu > 1:
             raise TostError(
                 f"TostCallback: expected one process per GPU, got one for {args.n_gpu} (DataParallel, whose copies share "
                 f"the ghosts); use torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
         _check_kind(args)
+        self._names = model.register_load_state_dict_pre_hook(_own_names)  # ahead of the session's
         self._session = session.attach(kwargs.get("optimizer"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -140,6 +132,7 @@ class TostCallback(TrainerCallback, ExportableState):
         batches = length(loader)
         per_epoch = None if batches is None else math.ceil(batches / args.gradient_accumulation_steps)
         trainer, clock = _caller(Trainer), Clock(state.global_step, state.max_steps, per_epoch)
+        _check_synchronised(args, trainer)
         own = getattr(trainer, "compute_loss_func", None)
         how = {"forward": self._forward, "criterion": self._criterion}
         given = self._criterion is not None or self._forward is not call
@@ -173,8 +166,22 @@ class TostCallback(TrainerCallback, ExportableState):
         if self.session.state == "running":
             self.session.finish()
         self.session.release()
+        if self._names is not None:
+            self._names.remove()
         while self._unfollow:
             self._unfollow.pop()()
+
+
+def _own_names(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The Trainer writes some models (ViT, Swin, SegFormer) under other names than they have, as `from_pretrained` takes them,
+    and loads them as they lie there, without being strict, so that nothing comes: give each tensor its name in the model."""
+    own = model.state_dict()
+    written = revert_weight_conversion(model, own) if isinstance(model, PreTrainedModel) else own
+    names = {id(tensor): name for name, tensor in own.items()}
+    found = {f"{prefix}{name}": names[id(value)] for name, value in written.items() if id(value) in names}
+    if len(found.keys() & state_dict.keys()) > len({f"{prefix}{name}" for name in own} & state_dict.keys()):
+        values = {name: state_dict.pop(there) for there, name in found.items() if there in state_dict}
+        state_dict.update({f"{prefix}{name}": value for name, value in values.items()})
 
 
 def _conventions(own: Callable[..., Tensor]) -> dict[str, Any]:
@@ -224,6 +231,18 @@ def _check_kind(args: Any) -> None:
             f"TostCallback: expected one process or DDP, got {got}, which keeps weights where no mask reaches them; use "
             f"torchrun without fsdp and deepspeed (DDP), or FSDP2 in a loop of your own (TostHook, or session.drive)"
         )
+
+
+def _check_synchronised(args: Any, trainer: Any) -> None:
+    """Warn where several processes train networks of their own: a Trainer that has evaluated before never wraps its model."""
+    if args.world_size > 1 and trainer is not None:
+        parts = trainer.model_wrapped.modules()
+        if not any(isinstance(part, nn.parallel.DistributedDataParallel) for part in parts):
+            say(
+                f"TostCallback: expected the model in DDP, got {args.world_size} processes that each train by themselves, as the "
+                f"Trainer does after an evaluate() before train(); evaluate with another Trainer, or by eval_on_start=True",
+                logging.WARNING,
+            )
 
 
 def _come_first(callback: TostCallback) -> None:

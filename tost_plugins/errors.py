@@ -56,7 +56,8 @@ def shown(value: object, most: int = 80) -> str:
 
 
 class Inapplicable(TostError):
-    """A tweak that finds nothing to act on in this network; `optional: true` in a recipe turns it into a log line."""
+    """A tweak that finds nothing to act on in this network, which `optional: true` in a recipe turns into a log line; or a mask
+    method that does not fit it, where `auto` takes another one."""
 
 
 def wrong(where: str, expected: str, got: object, remedy: str) -> TostError:

@@ -21,7 +21,15 @@ from torch.utils.data import DataLoader, TensorDataset
 pytest.importorskip("composer")
 
 from composer import Callback, Trainer
-from composer.algorithms import EMA, SAM, GradientClipping
+from composer.algorithms import (
+    EMA,
+    SAM,
+    BlurPool,
+    GhostBatchNorm,
+    GradientClipping,
+    SqueezeExcite,
+    WeightStandardization,
+)
 from composer.algorithms import LabelSmoothing as ComposersLabelSmoothing
 from composer.core import DataSpec, Event, State
 from composer.loggers import InMemoryLogger, Logger
@@ -867,6 +875,33 @@ def test_averaged_weights_in_checkpoints_do_not_upset_the_schedule(tmp_path, cap
     assert "before the schedules ended" not in caplog.text
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["in_front", "behind"])
+def test_what_an_average_is_evaluated_as_is_as_plain_as_the_run(first):
+    """EMA's average of alpha and beta says how strong they were; the run says how strong they are."""
+    seen = []
+
+    class Look(Callback):
+        def eval_batch_end(self, state: State, logger: Logger) -> None:
+            weights = {name: value.clone() for name, value in state.model.state_dict().items()}
+            seen.append((int(state.timestamp.batch), weights, state.batch, state.outputs.clone()))
+
+    net, algorithm, ema = model(), TostAlgorithm(RECIPE), EMA(half_life="4ba", update_interval="1ba")
+    both = [algorithm, ema]
+    run = trainer(
+        net, *(both if first else both[::-1]), callbacks=[Look()], eval_dataloader=loader(), eval_interval="2ba"
+    )
+    run.fit()
+    for step, weights, batch, outputs in seen:
+        plain = model().eval()
+        names = plain.state_dict().keys()
+        plain.load_state_dict({name: value for name, value in weights.items() if name in names})
+        with torch.no_grad():
+            assert torch.equal(plain(batch), outputs) == (step >= 9), step  # ghosts end at 6, soft activations at 9
+        averaged = [float(value) for name, value in weights.items() if name.endswith("alpha")]
+        assert step < 9 or all(value > 0.01 for value in averaged)  # of the average, while it is evaluated
+    assert {step for step, *_ in seen} == {2, 4, 6, 8, 10, 12}
+
+
 # ---- masks that move
 
 RIGL = {"kind": "rigl", "sparsity": 0.5, "every": "2ba", "until": "10ba", "drop": 0.5}
@@ -1018,3 +1053,23 @@ def test_two_ranks_agree_and_ghosts_end_without_unused_parameters(tmp_path):
         )
         assert moving["resumed"].pop("states") == moving["whole"].pop("states")[4:]
         assert moving["resumed"].pop("masks") == masks[4:] and moving["resumed"] == moving["whole"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(BlurPool, min_channels=8),
+        functools.partial(GhostBatchNorm, 4),
+        functools.partial(SqueezeExcite, min_channels=8, latent_channels=4),
+        WeightStandardization,
+    ],
+    ids=["BlurPool", "GhostBatchNorm", "SqueezeExcite", "WeightStandardization"],
+)
+def test_what_replaces_layers_goes_in_front(make: Any) -> None:
+    name = type(make()).__name__
+    with pytest.raises(TostError, match=rf"got it in front of {name}; put it behind: write \[{name}\(\.\.\.\), Tost"):
+        trainer(model(), TostAlgorithm(RECIPE), make())
+    right = TostAlgorithm(RECIPE)
+    trainer(model(), make(), right).fit()
+    assert right.session.state == "finished"
+    assert right.session.mask.sparsity == pytest.approx(0.5, abs=0.02)

@@ -620,10 +620,16 @@ def test_two_ranks_agree(tmp_path: Path) -> None:
     assert rigl[0] == rigl[1] != rigl[2] == rigl[3] != rigl[4] and dnw[0] != dnw[-1]
     assert not differences(first["unused"]["mask"], first["strict"]["mask"])
     assert not differences(first["whole"]["weights"], first["resumed"]["weights"])
+    assert not differences(first["whole"]["weights"], first["static"]["weights"])  # labels smoothed there too
     assert first["whole"]["states"][3:] == first["resumed"]["states"]
     for found in ranks:
         assert found["runs"]["whole"]["sent"] == found["sent"] and sum(found["sent"].values()) >= 3
         assert len(found["refused"]) == 2
+        evaluated, _, not_evaluated = " ".join(found["by themselves"]).partition("----")
+        assert ("expected the model in DDP, got 2 processes" in evaluated) == (
+            found is ranks[0]
+        )  # rank 0 speaks for all
+        assert "expected the model in DDP" not in not_evaluated
         assert all(text.startswith("TostCallback: expected one process or DDP, got FSDP") for text in found["refused"])
 
 

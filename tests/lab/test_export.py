@@ -1,12 +1,16 @@
 """A checkpoint of any trainer -> the plain network."""
 
-from pathlib import Path
+import argparse
+import zipfile
+from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tost_plugins import Recipe, Session, TostError
+from tost_plugins.files.pickles import load
 from tost_plugins.lab import models
 from tost_plugins.lab.export import export
 from tost_plugins.lab.train import train
@@ -49,6 +53,28 @@ def test_the_last_checkpoint_of_each_trainer_gives_the_final_network(trainer: st
     assert plain.keys() == final.keys()
     assert all(torch.equal(plain[name], final[name]) for name in final)
     assert done["sparsity"] == pytest.approx(0.8, abs=0.01)
+
+
+def test_checkpoints_of_public_scripts_are_read_with_the_arguments_in_them(tmp_path: Path) -> None:
+    """torchvision's references save their argparse.Namespace, others paths and numbers of numpy, also of numpy 1."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    args = argparse.Namespace(lr=0.1, output_dir=Path("runs"), best=np.float32(0.5))
+    content = {
+        "model": net.state_dict(), "args": args, "best_acc1": np.float64(71.5), "epoch": np.int64(3), "done": np.bool_(True),
+        "history": np.arange(3),
+    }  # fmt: skip
+    torch.save(content, tmp_path / "new.pth")
+    loaded = load(tmp_path / "new.pth")
+    assert (
+        loaded["args"].lr == 0.1 and loaded["args"].output_dir == PurePosixPath("runs") and loaded["args"].best == 0.5
+    )
+    assert (loaded["best_acc1"], loaded["epoch"], loaded["done"]) == (71.5, 3, True)
+    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
+        for entry in new.infolist():
+            old.writestr(entry.filename, new.read(entry).replace(b"numpy._core", b"numpy.core"))
+    for name in ("new", "old"):
+        export(tmp_path / f"{name}.pth", tmp_path / "plain.safetensors")
+        assert {*load_file(tmp_path / "plain.safetensors")} == {*net.state_dict()}
 
 
 def test_ghosts_at_work_are_refused_and_nothing_is_written(tmp_path: Path) -> None:

@@ -47,6 +47,12 @@ def test_digits() -> None:
     assert data.std == pytest.approx([pixels.std(correction=0).item()])
 
 
+def test_digits_grow_by_repeating_their_pixels() -> None:
+    pytest.importorskip("sklearn")
+    small, large = read("digits").train.images, read("digits", image_size=16).train.images
+    assert torch.equal(large, small.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
 def test_held_out_images_are_disjoint_and_fixed() -> None:
     pytest.importorskip("sklearn")
     data = read("digits", validation=200, limit=500)
@@ -71,9 +77,7 @@ def test_numbers_that_do_not_fit() -> None:
         "change it, or leave it out"
     )
     assert "got 0; change it" in refused_of("digits", limit=0)
-    assert refused_of("digits", image_size=16) == (
-        "data.image_size: expected nothing for 'digits', 1 pixel or more for the others, got 16; digits have one size"
-    )
+    assert refused_of("digits", image_size=0) == "data.image_size: expected 1 pixel or more, got 0; 32 is usual"
     assert refused_of("digits", path="x") == "data.path: expected nothing for 'digits', got 'x'; remove it"
 
 

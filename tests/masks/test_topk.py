@@ -53,7 +53,9 @@ def test_counts_wherever_a_row_begins_and_ends(start: int, size: int, share: flo
     assert int(count_true(mask[:20_000].view(200, 100).t())) == int(mask[:20_000].sum())
 
 
-@pytest.mark.parametrize("kind", ["spread", "few values", "mostly -1", "sorted", "misleading", "constant"])
+@pytest.mark.parametrize(
+    "kind", ["spread", "few values", "mostly -1", "half 0", "in step", "sorted", "misleading", "constant"]
+)
 def test_a_long_row_gives_the_very_value_that_kthvalue_gives(kind: str) -> None:
     size = (1 << 17) + 12345
     row = torch.rand(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -61,6 +63,11 @@ def test_a_long_row_gives_the_very_value_that_kthvalue_gives(kind: str) -> None:
         row = (row * 5).floor()
     elif kind == "mostly -1":
         row[row < 0.97] = -1
+    elif kind == "half 0":
+        row[row < 0.5] = 0
+        row[row > 0.95] = 0.95
+    elif kind == "in step":  # kernels of 3 by 3 of which the middle alone has scores
+        row[torch.arange(size) % 9 != 4] = 0
     elif kind == "sorted":
         row = row.sort().values
     elif kind == "misleading":  # the sample sees nothing but the lowest values

@@ -1,5 +1,6 @@
 """One of several ranks: trains with TostCallback under DDP and writes what came out to FOLDER/<rank>.pt."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,26 @@ def train(folder: Path, resume: str | None = None, recipe: Any = RECIPE, **setti
     }
 
 
+def by_themselves(folder: Path) -> list[str]:
+    """What is said where a Trainer has evaluated before it trains, after which it uses no DDP; and where it has not."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("tost_plugins").addHandler(handler)
+    data = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 4} for i in range(16)]
+    for evaluates in (True, False):
+        args = TrainingArguments(
+            output_dir=str(folder), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"
+        )
+        model, recipe = Net(seed=0), {"mask": {"kind": "random", "sparsity": 0.5}}
+        trainer = Trainer(model, args, train_dataset=data, eval_dataset=data, callbacks=[TostCallback(recipe)])
+        if evaluates:
+            trainer.evaluate()
+        trainer.train()
+        said.append("----")
+    return said
+
+
 def refused(folder: Path) -> list[str]:
     """What a Trainer with either kind of FSDP says."""
     found = []
@@ -108,6 +129,7 @@ if __name__ == "__main__":
         "unused": train(folder / "unused", ddp_find_unused_parameters=True),
         "strict": train(folder / "strict", **strict, gradient_accumulation_steps=2),
         "whole": train(folder / "whole", **strict, **saved),
+        "static": train(folder / "static", **strict, ddp_static_graph=True),
         "resumed": train(folder / "resumed", str(folder / "whole" / "checkpoint-3"), **strict),
     }
     for kind, recipe in MOVING.items():
@@ -115,6 +137,7 @@ if __name__ == "__main__":
     extra = {
         "sent": train(folder / "untouched", None, None, **strict, **saved)["sent"],
         "refused": refused(folder / "fsdp"),
+        "by themselves": by_themselves(folder / "evaluated"),
     }
     torch.save({"runs": found, **extra}, folder / f"{dist.get_rank()}.pt")
     leave()

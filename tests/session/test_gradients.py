@@ -1,8 +1,12 @@
 """Gradients of removed weights are 0 as they come: what a loop clips, logs or averages is the sparse network's gradient."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,3 +190,28 @@ def test_large_gradients_are_finite(size: float) -> None:
         net.body[3].weight.grad.fill_(size)
         optimizer.step()
         assert session.clock.step == 1
+
+
+# ---- ranks
+
+
+def test_under_ddps_hooks_what_is_clipped_is_the_sparse_gradient(tmp_path: Path) -> None:
+    """PowerSGD and the like make gradients anew once all have come; a static graph changes nothing."""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, str(root / "tests/ranks/hooks_ddp.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for case, found in first.items():
+        assert set(found["outside"]) == {0} and len(found["outside"]) > 4, case
+        assert all(found["sparse"]) and found["norms"] == second[case]["norms"], case
+        assert all(torch.equal(value, second[case]["weights"][name]) for name, value in found["weights"].items()), case
+    assert first["powersgd"]["norms"] != first["plain"]["norms"]  # it is at work
+    assert first["static graph"]["norms"] == first["plain"]["norms"]

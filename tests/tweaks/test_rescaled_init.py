@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
+from tost_plugins import Session
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.training.task import Task
 from tost_plugins.tweaks.rescaled_init import RescaledInit, rescale
@@ -336,6 +338,19 @@ def test_network_that_torch_func_cannot_differentiate_is_an_error() -> None:
         rescale(Task.of(net, batches=data()), {}, iterations=1)
 
 
+def test_a_loss_that_asks_a_network_with_norms_in_training_mode_is_an_error() -> None:
+    """A discriminator, or a perceptual loss, beside the generator that is looked at."""
+    judge = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    task = Task.of(net, batches=data(), criterion=lambda fake, batch: judge(fake).square().mean())
+    with pytest.raises(
+        Inapplicable, match=r"expected a loss that changes no tensor in place, .*; call eval\(\) on that one"
+    ):
+        rescale(task, {}, iterations=1)
+    judge.eval()
+    assert len(rescale(task, {}, iterations=1)) == 4
+
+
 def test_hardsigmoid_of_mobilenet_v3_works() -> None:
     net = nn.Sequential(nn.Linear(5, 6), nn.Hardsigmoid(), nn.Linear(6, 4), nn.Hardswish(), nn.Linear(4, 3))
     same = copy.deepcopy(net)
@@ -376,7 +391,55 @@ def test_set_up_costs_a_twentieth_of_the_run_at_most(caplog: pytest.LogCaptureFi
     assert iterations(600) == "5 iterations (in place of 180: they may cost 5% of the run's 600 steps)"
     assert iterations(1).startswith("1 iterations (in place of 180")
     assert iterations(600, iterations=9) == "9 iterations"
-    assert iterations(None) == iterations(10**6) == "180 iterations"
+    assert "may cost" not in iterations(None) + iterations(10**6)
+
+
+def test_iterations_end_where_the_objective_falls_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    def line(count: int | None = None, norm: float = 1.0, learning_rate: float = 1e-12) -> str:
+        torch.manual_seed(0)
+        task = Task.of(tiny(), batches=data(1))  # one batch again and again, and scales that hardly move
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="tost_plugins"):
+            rescale(task, {}, iterations=count, norm=norm, learning_rate=learning_rate)
+        return caplog.records[0].getMessage()
+
+    for norm in (1e-6, INF):
+        assert line(norm=norm).endswith(" of 40 iterations (in place of 180: the objective no longer falls)")
+        assert line(60, norm).endswith(" of 60 iterations")  # as many as were asked for
+    falling = line(norm=1e-6, learning_rate=1e-4)
+    assert falling.endswith(" of 180 iterations"), falling
+
+
+def test_an_iteration_costs_what_its_arithmetic_costs() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+    batches = [(torch.randn(4, 3, 10, 10), torch.arange(4) % 3) for _ in range(2)]
+    with FlopCounterMode(display=False) as step:
+        F.cross_entropy(net(batches[0][0]), batches[0][1]).backward()
+    for norm, steps in ((1e-6, 3.5), (INF, 4.5)):  # a gradient and a product with the Hessian; then one more gradient
+        with FlopCounterMode(display=False) as counted:
+            rescale(Task.of(net, batches=batches), {}, iterations=3, norm=norm)
+        assert 0 < counted.get_total_flops() <= 3 * steps * step.get_total_flops()
+
+
+def test_what_is_wrong_with_the_loss_is_said_before_the_mask_is_looked_for() -> None:
+    class Never(nn.Module):
+        def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+            raise TostError("loss: expected nothing, got something; leave it")
+
+    net = tiny()
+    looked = []
+    net.register_forward_pre_hook(lambda *_: looked.append(1))
+    for optional in (False, True):
+        recipe = {
+            "mask": {"kind": "snip", "sparsity": 0.5},
+            "tweaks": [{"kind": "rescaled_init", "iterations": 1, "optional": optional}],
+        }
+        session = Session(copy.deepcopy(net), recipe).attach()
+        optimizer = torch.optim.SGD(session.model.parameters(), lr=0.1)
+        looked.clear()
+        with pytest.raises(TostError, match="rescaled_init: loss: expected nothing" if not optional else "mask snip"):
+            session.start(optimizer, data(), loss_fn=Never(), total_steps=10)
+        assert len(looked) == 1 + optional
 
 
 @pytest.mark.parametrize(

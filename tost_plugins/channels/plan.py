@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
-from tost_plugins.channels.atoms import Atoms, Ids
+from tost_plugins.channels.atoms import Atoms
+from tost_plugins.channels.moves import Channels, moved
 from tost_plugins.masks.paths.follow import Call, Constant, Tape, Value
 from tost_plugins.masks.paths.reach import Reach
 from tost_plugins.training.params import clean_name, plain_modules
@@ -51,14 +50,8 @@ class Plan:
     whole: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Channels:
-    axis: int  # from the front
-    ids: Ids
-
-
 #: The channels of each result of a call, None for one of which nothing is left out; None where nobody knows.
-_Found = Sequence[_Channels | None] | None
+_Found = Sequence[Channels | None] | None
 
 
 class Planner:
@@ -67,8 +60,8 @@ class Planner:
     def __init__(self, model: nn.Module, tape: Tape, live: Mapping[str, Tensor]) -> None:
         self.tape, self.atoms = tape, Atoms()
         self.modules = {clean_name(path): module for path, module in plain_modules(model)}
-        self.of: dict[Value, _Channels | None] = dict.fromkeys(tape.inputs)
-        self.called: dict[str, list[tuple[_Channels | None, _Channels | None]]] = {}
+        self.of: dict[Value, Channels | None] = dict.fromkeys(tape.inputs)
+        self.called: dict[str, list[tuple[Channels | None, Channels | None]]] = {}
         self.made: dict[Value, str] = {}  # by which convolution
         self.fills: dict[str, str] = {}  # norm -> the convolution in front of it
         self.why: dict[int, str] = {}  # atom that is pinned -> the module that pins it
@@ -126,7 +119,7 @@ class Planner:
             if weight is None:  # without a mask it may read what is constant
                 self._keep(source, f"{call.module}, which has no mask")
             made = self.atoms.new(count)
-        result = _Channels(axis, made)
+        result = Channels(axis, made)
         self._note(call.module, inside, result)
         self.made[out] = call.module
         return [result]
@@ -140,7 +133,7 @@ class Planner:
         self._note(call.module, inside, inside)
         return [inside]
 
-    def _note(self, path: str, inside: _Channels | None, outside: _Channels | None) -> None:
+    def _note(self, path: str, inside: Channels | None, outside: Channels | None) -> None:
         """A module that is called twice has the same channels twice."""
         for before in self.called.setdefault(path, [])[:1]:
             for own, other in zip((inside, outside), before, strict=True):
@@ -173,7 +166,7 @@ class Planner:
             return None  # one channel for all
         for other in found[1:]:
             self.atoms.join(found[0], other)
-        return [_Channels(len(shape) + back, found[0])] * len(call.outs)
+        return [Channels(len(shape) + back, found[0])] * len(call.outs)
 
     def _reduced(self, call: Call, ins: list[Value]) -> _Found:
         """A sum or a choice over dimensions other than the channels'."""
@@ -188,65 +181,19 @@ class Planner:
             if inside.axis in dims:
                 return None
             gone = [d for d in dims if d < inside.axis] if len(call.outs[0].shape) < len(shape) else []
-            return [_Channels(inside.axis - len(gone), inside.ids)] * len(call.outs)
+            return [Channels(inside.axis - len(gone), inside.ids)] * len(call.outs)
         same = (
             len(call.outs[0].shape) == len(shape) and call.outs[0].shape[: inside.axis + 1] == shape[: inside.axis + 1]
         )
         places = inside.axis == 1 or (inside.axis == 0 and len(shape) in (3, 4))
-        return [_Channels(inside.axis, inside.ids)] * len(call.outs) if same and places else None
+        return [Channels(inside.axis, inside.ids)] * len(call.outs) if same and places else None
 
     def _moved(self, call: Call, ins: list[Value]) -> _Found:
-        """A function that moves numbers: done once with the classes as numbers, and once with a part of the channels left out,
-        which shows whether it counts on how many there are."""
-        if any(self.of[value] is None for value in ins):
-            return None
-        full = self._tried(call, {value: self._spread(value, None) for value in ins})
-        if full is None or len(full) != len(call.outs):
-            return None
-        results = []
-        for moved in full:
-            axis = _axis_of(moved)
-            if axis is None:
-                return None
-            results.append(_Channels(axis, moved.movedim(axis, 0).flatten(1)[:, 0].numpy().astype(np.int64)))
-        everything = np.unique(np.concatenate([self.of[value].ids for value in ins]))  # type: ignore[union-attr]
-        for left_out in (everything[:1], everything[1::2]):
-            tried = self._tried(call, {value: self._spread(value, left_out) for value in ins})
-            fits = tried is not None and len(tried) == len(full) and all(
-                torch.equal(part, _without(whole, found, left_out))
-                for part, whole, found in zip(tried, full, results, strict=True)
-            )  # fmt: skip
-            if not fits:
-                return None
-        return list(results)
+        """A function that moves numbers, if it does not count on how many channels there are."""
+        known = {value: found for value in ins if (found := self.of[value]) is not None}
+        return moved(call, known) if len(known) == len(ins) else None
 
-    def _tried(self, call: Call, values: Mapping[Value, Tensor]) -> list[Tensor] | None:
-        def inside(part: Any) -> Any:
-            if isinstance(part, Value):
-                return values[part]
-            return torch.full(part.shape, -1.0) if isinstance(part, Constant) else part
-
-        if any(isinstance(part, Constant) for part in tree_flatten((call.args, call.kwargs))[0]) or not call.function:
-            return None
-        try:
-            args, kwargs = (tree_map(inside, part, is_leaf=_is_value) for part in (call.args, call.kwargs))
-            out = call.function(*args, **kwargs)
-        except (RuntimeError, IndexError, TypeError, ValueError):
-            return None
-        return [part for part in tree_flatten(out)[0] if isinstance(part, Tensor)]
-
-    def _spread(self, value: Value, left_out: np.ndarray | None) -> Tensor:
-        """A tensor of the value's shape in which every number is that of its channel's class, less some channels."""
-        channels = self.of[value]
-        assert channels is not None
-        ids = channels.ids if left_out is None else channels.ids[~np.isin(channels.ids, left_out)]
-        sides = [1] * len(value.shape)
-        sides[channels.axis] = len(ids)
-        shape = list(value.shape)
-        shape[channels.axis] = len(ids)
-        return torch.from_numpy(ids.astype(np.float64)).reshape(sides).expand(shape).contiguous()
-
-    def _along(self, value: Value, axis: int) -> _Channels | None:
+    def _along(self, value: Value, axis: int) -> Channels | None:
         """A value's channels, if they lie along this axis; all are kept if they lie along another one."""
         found = self.of[value]
         if found is not None and (found.axis != axis or len(found.ids) != value.shape[axis]):
@@ -295,7 +242,7 @@ class Planner:
         bias = getattr(self.modules[source], "bias", None)
         return 0.0 if bias is None else bias
 
-    def _places(self, channels: _Channels | None) -> np.ndarray | None:
+    def _places(self, channels: Channels | None) -> np.ndarray | None:
         """Where the channels lie that stay, at least one; None for all."""
         if channels is None:
             return None
@@ -315,20 +262,3 @@ def plan(model: nn.Module, tape: Tape, live: Mapping[str, Tensor]) -> Plan:
         for channels in calls[0]:
             planner._places(channels)
     return planner.plan()
-
-
-def _axis_of(moved: Tensor) -> int | None:
-    """The one dimension along which classes differ; None where they differ along several."""
-    differ = [d for d in range(moved.ndim) if moved.shape[d] > 1 and bool((moved != moved.narrow(d, 0, 1)).any())]
-    if len(differ) == 1:
-        return differ[0]
-    return None
-
-
-def _without(whole: Tensor, found: _Channels, left_out: np.ndarray) -> Tensor:
-    places = torch.from_numpy(np.flatnonzero(~np.isin(found.ids, left_out)))
-    return whole.index_select(found.axis, places)
-
-
-def _is_value(part: Any) -> bool:
-    return isinstance(part, (Value, Constant))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import pickle
 import pickletools
 import sys
 import zipfile
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any
 
 import numpy as np
@@ -18,10 +19,24 @@ from torch.torch_version import TorchVersion
 
 from tost_plugins.errors import TostError
 
-#: What a Composer checkpoint holds beside tensors (random states, times, versions): plain values, no code.
-_HARMLESS = [
-    np.array(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype("uint32")), type(np.dtype("int64")),
-    datetime.timedelta, TorchVersion,
+
+def _number(dtype: np.dtype, content: bytes) -> Any:
+    """One of numpy's numbers, such as the best accuracy so far."""
+    if dtype.kind not in "biuf" or len(content) != dtype.itemsize:
+        raise pickle.UnpicklingError(f"no number: {dtype}")
+    return np.frombuffer(content, dtype)[0].item()
+
+
+_ARRAY = np.array(0).__reduce__()[0]
+#: What checkpoints hold beside tensors: plain values, no code. Composer's have random states, times and versions; those of
+#: torchvision, timm and many scripts the arguments of the command and numbers of numpy, whose module had another name once.
+_HARMLESS: list[Any] = [
+    np.ndarray, np.dtype, *(type(np.dtype(name)) for name in ("uint32", "int32", "int64", "float32", "float64", "bool")),
+    *((_ARRAY, f"{core}.multiarray._reconstruct") for core in ("numpy._core", "numpy.core")),
+    *((_number, f"{core}.multiarray.scalar") for core in ("numpy._core", "numpy.core")),
+    *((PurePosixPath, f"pathlib{where}.PosixPath") for where in ("", "._local")),
+    *((PureWindowsPath, f"pathlib{where}.WindowsPath") for where in ("", "._local")),
+    argparse.Namespace, datetime.timedelta, TorchVersion,
 ]  # fmt: skip
 
 _NESTING = 100_000  # entries in a tuple, with all that is in it: the random state of Python has 625

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tost_plugins.errors import TostError
+from tost_plugins.errors import Inapplicable
 from tost_plugins.training.batches import pick
 from tost_plugins.training.calling import LABELS, call, inputs_in, main_of
 from tost_plugins.training.log import say
@@ -39,7 +39,7 @@ def batch(task: Task, weights: Mapping[str, Tensor], shape: Shape | None) -> Any
         if shape is None and task.batches is None:
             say(f"synflow: no batches and no input_shape, so the input is {tuple(candidate[0].shape[1:])}")
         return candidate
-    raise TostError(
+    raise Inapplicable(
         f"synflow: expected a network that runs on an input of ones, got {type(problem).__name__} "
         f"({problem}); pass input_shape=(channels, height, width) or batches"
     )
@@ -61,19 +61,19 @@ def _like(one: Any, shape: Shape | None, count: int) -> Any:
     """The sample with its inputs all ones, `count` of a tuple's; the first of them in another shape if one is given."""
     if isinstance(one, Tensor):
         if not one.is_floating_point() and shape is None:
-            raise TostError(f"synflow: expected inputs that are floating point, got {one.dtype}; pass input_shape")
+            raise Inapplicable(f"synflow: expected inputs that are floating point, got {one.dtype}; pass input_shape")
         return torch.ones(one.shape if shape is None else (1, *shape), dtype=torch.float64, device=one.device)
     if isinstance(one, Mapping):
         inputs = [k for k, v in one.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in LABELS]
         if not inputs:
-            raise TostError(
+            raise Inapplicable(
                 f"synflow: expected a batch with an input that is floating point, got the keys "
                 f"{list(one)}; use another mask method"
             )
         return {**one, **{key: _like(one[key], shape if key == inputs[0] else None, 1) for key in inputs}}
     if isinstance(one, (tuple, list)) and one:
         return [_like(one[0], shape, 1), *(_ones(other) for other in one[1:count]), *one[count:]]
-    raise TostError(f"synflow: expected batches of tensors, got {type(one).__name__}; pass tensors, pairs or dicts")
+    raise Inapplicable(f"synflow: expected batches of tensors, got {type(one).__name__}; pass tensors, pairs or dicts")
 
 
 def _ones(part: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,14 +41,13 @@ class ActiveTweaks:
             self.active = wanted
             raise
 
+    def look(self, task: Task) -> None:
+        """Once, before the mask is looked for."""
+        self._each(lambda tweak: tweak.look(task))
+
     def start(self, task: Task, mask: Mapping[str, Tensor]) -> None:
         """Once, when the mask is found and applied."""
-        for tweak in list(self.active):
-            try:
-                tweak.start(task, mask)
-            except Inapplicable as reason:
-                self._leave_out(tweak, reason)
-                tweak.detach(self.model)
+        self._each(lambda tweak: tweak.start(task, mask))
 
     def leave_out(self, tweak: Tweak, why: str) -> None:
         """Go on without a tweak."""
@@ -89,6 +88,14 @@ class ActiveTweaks:
     def at_work(self) -> dict[str, float]:
         """What makes the network another than the finished one: names and strengths as in `metrics`."""
         return {key: value for key, value in self.metrics().items() if key.endswith(("alpha", "active")) and value}
+
+    def _each(self, call: Callable[[Tweak], None]) -> None:
+        for tweak in list(self.active):
+            try:
+                call(tweak)
+            except Inapplicable as reason:
+                self._leave_out(tweak, reason)
+                tweak.detach(self.model)
 
     def _leave_out(self, tweak: Tweak, reason: Inapplicable) -> None:
         if not tweak.optional:

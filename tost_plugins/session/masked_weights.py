@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.topk import count_true
+from tost_plugins.session import backward
 from tost_plugins.session.optimizers import Optimizers
+from tost_plugins.training import ranks
 from tost_plugins.training.clock import Clock
-from tost_plugins.training.sharding import like, local
+from tost_plugins.training.sharding import is_part, like, local
 
 
 class MaskedWeights:
@@ -35,6 +37,7 @@ class MaskedWeights:
         self._mask: Mask | None = mask if isinstance(mask, Mask) else None  # None: made when somebody asks
         self._arrived: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # gradients as they were when last masked
         self.had_gradients = False  # since they are followed
+        self._looked_after = -1  # the backward pass whose end is waited for
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
@@ -65,7 +68,7 @@ class MaskedWeights:
 
         Autograd calls these hooks before DDP averages the gradients (the mean of masked ones is the masked mean), outside
         compiled graphs, and never in copies of the model: a parameter is copied without its hooks. Masking twice is once,
-        so micro-batches need no care.
+        so micro-batches need no care. What DDP's hooks make of gradients (PowerSGD) is masked when the pass is over.
         """
         self.release()
         self._handles = [self._hook(name, param) for name, param in self.weights.items()]
@@ -85,6 +88,7 @@ class MaskedWeights:
                 found.had_gradients = True
                 if not found.wants_dense():
                     found._mask_gradient(name)
+                    found._look_again(param)
 
         frozen = not param.requires_grad
         param.requires_grad_()  # torch refuses the hook without, but keeps it for when the weight is trained
@@ -99,6 +103,25 @@ class MaskedWeights:
             grad.mul_(self.kept[name])
             self._arrived[name] = weakref.ref(grad), grad._version
 
+    def _look_again(self, param: nn.Parameter) -> None:
+        """When this backward pass is over and several ranks have made one gradient of theirs: once for all weights."""
+        pass_ = backward.number()
+        if pass_ != self._looked_after and ranks.world() > 1 and not is_part(param):
+            self._looked_after = pass_
+            backward.when_over(self._pass_is_over)
+
+    def _pass_is_over(self) -> None:
+        if self._handles and not self.wants_dense():
+            self._mask_changed()
+
+    @torch.no_grad()
+    def _mask_changed(self) -> None:
+        """Mask gradients that have come by another way than autograd's, or were changed since they came."""
+        for name, param in self.weights.items():
+            grad, (seen, version) = param.grad, self._arrived.get(name, (lambda: None, -1))
+            if grad is not None and (seen() is not grad or grad._version != version):
+                self._mask_gradient(name)
+
     def wants_dense(self) -> bool:
         """Whether the gradients of the step at hand are to reach removed weights too."""
         return False
@@ -111,13 +134,9 @@ class MaskedWeights:
         if fresh:
             self.forget(optimizers)
 
-    @torch.no_grad()
     def before_step(self, optimizers: Optimizers | None = None, check_finite: bool = True) -> None:
         """With final gradients: mask those that have come by another way, or were changed since they came."""
-        for name, param in self.weights.items():
-            grad, (seen, version) = param.grad, self._arrived.get(name, (lambda: None, -1))
-            if grad is not None and (seen() is not grad or grad._version != version):
-                self._mask_gradient(name)
+        self._mask_changed()
 
     def after_step(self, clock: Clock, optimizers: Optimizers | None = None) -> None:
         """When a step is done: every removed weight is exactly 0."""

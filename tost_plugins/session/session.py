@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from tost_plugins.masks.mask import Mask
 from tost_plugins.session import averages, buffers, checks
 from tost_plugins.session.active_tweaks import ActiveTweaks
 from tost_plugins.session.compaction import Compaction
-from tost_plugins.session.drive import drive
+from tost_plugins.session.drive import Loops, check_stepped
 from tost_plugins.session.link import Link, loaded, session_of
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.optimizers import Optimizers
@@ -41,11 +40,11 @@ _MAY = {
 }
 
 
-class Session:
+class Session(Loops):
     """A sparse training run: `attach`, then `start`, `before_step` / `after_step` around every step, then `finish`.
 
-    Its `state` is "new", then "attached", "running", "finished"; calls out of order raise TostError. Adapters and `drive`
-    make these calls. `recipe` is a Recipe, a dict, a path or the name of a shipped recipe; `mask` is a Mask to use
+    Its `state` is "new", then "attached", "running", "finished"; calls out of order raise TostError. Adapters, `drive` and
+    `begin` make these calls. `recipe` is a Recipe, a dict, a path or the name of a shipped recipe; `mask` is a Mask to use
     instead of the recipe's, and of a loaded checkpoint's.
 
     Example:
@@ -181,6 +180,10 @@ class Session:
         Warns where ghosts or soft activations are still at work. Raises TostError, with the model unchanged, where the
         run has gone back to a checkpoint at which they were, the best one say: the plain network is another than that.
         """
+        if self.end_loop():
+            if self.state == "finished":  # it was trained on
+                return self.report()
+            check_stepped(self)
         self._expect("finish")
         ran, mask, moved = self.state == "running", None, {}
         if ran:
@@ -200,22 +203,6 @@ class Session:
         if ran:
             checks.diverged(self.weights)
         return self.report()
-
-    def drive(
-        self,
-        optimizer: Any,
-        batches: Any = None,
-        loss_fn: Callable[..., Tensor] | None = None,
-        total_steps: int | None = None,
-        steps_per_epoch: int | None = None,
-        *,
-        forward: Callable[[Any, Any], Any] = call,
-        criterion: Callable[[Any, Any], Tensor] | None = None,
-    ) -> contextlib.AbstractContextManager[Session]:
-        """`with session.drive(optimizer, train_loader, total_steps=...)`: a plain loop inside trains sparse; on leaving
-        without an error the session finishes. The arguments are those of `start`."""
-        how: dict[str, Any] = {"forward": forward, "criterion": criterion}
-        return drive(self, optimizer, batches, loss_fn, total_steps, steps_per_epoch, **how)
 
     def criterion(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
         """The training loss: `loss_fn`, any callable that returns a loss, as a module that smooths labels while the model trains;

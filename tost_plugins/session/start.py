@@ -30,6 +30,8 @@ def begin(
 ) -> None:
     """Find the mask to train with, put it into the model's buffers, and apply it unless removed weights train out of sight."""
     method = recipe.mask
+    with tweaks.quiet():
+        tweaks.look(task)
     # without tweaks nothing can go wrong any more when the mask is found
     before = {param: param.detach().clone() for param in task.model.parameters()} if tweaks.active else {}
     with tweaks.quiet():

@@ -35,6 +35,10 @@ class Tweak:
     def check(self, model: nn.Module) -> None:
         """Raise TostError if other code has replaced modules since `attach`, so that the tweak lost its hold."""
 
+    def look(self, task: Task) -> None:
+        """Once, before the mask is looked for, which may take long: raise what `start` would raise on these batches and this
+        loss. The model is quiet, and stays as it is."""
+
     def start(self, task: Task, mask: Mapping[str, Tensor]) -> None:
         """Once, when the mask is found and applied, before the first step; the model is quiet then."""
 

@@ -57,6 +57,7 @@ class Twins(TorchFunctionMode):
         super().__init__()
         self.alpha = alpha
         self.pairs: list[tuple[Tensor, Any]] = []  # a tensor, and its twin or why it has none
+        self._handed_on = False  # whether some came through DDP, which waits for their gradients (static_graph)
 
     def of(self, result: Any) -> Any:
         """The loss, or a tuple, list or dict with losses, with twins in the place of losses. Raises Inapplicable, which
@@ -66,7 +67,7 @@ class Twins(TorchFunctionMode):
                 raise Inapplicable(twin)
             if not isinstance(twin, Tensor):
                 raise Inapplicable(f"is not linear in its cross entropy ({twin.__name__.strip('_')})")
-        return self._swapped(result)
+        return self._swapped(result, tied=self._handed_on)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -104,6 +105,7 @@ class Twins(TorchFunctionMode):
         if func not in _LINEAR or other or "out" in kwargs:
             return func
         if func is Tensor.clone and not torch.is_grad_enabled():  # as DDP hands outputs on, in a function of its own
+            self._handed_on = True
             return used[0]
         twins = self._swapped(args)
         if func in _CHANGING and twins[0] is args[0]:  # `total += loss` with a total that was no loss before
@@ -129,13 +131,14 @@ class Twins(TorchFunctionMode):
             for i, part in enumerate(out):
                 self._pair(part, twin[i] if isinstance(twin, (tuple, list)) else twin)
 
-    def _swapped(self, tree: Any) -> Any:
+    def _swapped(self, tree: Any, tied: bool = False) -> Any:
+        """The same with twins where there are some; `tied`: what they stand for gets its gradients too, zeros."""
         if type(tree) in (tuple, list):
-            return type(tree)([self._swapped(part) for part in tree])
+            return type(tree)([self._swapped(part, tied) for part in tree])
         if type(tree) is dict:
-            return {key: self._swapped(part) for key, part in tree.items()}
+            return {key: self._swapped(part, tied) for key, part in tree.items()}
         twin = self._twin(tree)
-        return tree if twin is None else twin
+        return tree if twin is None else twin + 0 * tree if tied else twin
 
 
 def _apart(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

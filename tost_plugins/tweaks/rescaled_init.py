@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing
 from itertools import islice, pairwise
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.func import grad_and_value, vjp
 
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.training import ranks
-from tost_plugins.training.batches import joined, pick, size_of
-from tost_plugins.training.functions import SMOOTHER, Instead
-from tost_plugins.training.log import say
+from tost_plugins.training.batches import size_of
+from tost_plugins.training.log import say, shown
 from tost_plugins.training.params import clean_name, plain_modules
 from tost_plugins.training.task import Task, untouched
 from tost_plugins.tweaks.base import STRICT, Tweak
+from tost_plugins.tweaks.look_ahead import Look, Objective, masked, placed
 
 _Positive = Annotated[float, Field(gt=0)]
 _Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-#: How many iterations there are at most where nobody says it, what one costs in training steps, and what share of a run's steps
-#: all of them may cost.
+#: How many iterations there are at most where nobody says it, what one costs in training steps (at most: where the optimizer is
+#: cheap and the machine busy), and what share of a run's steps all of them may cost.
 _MOST, _COST, _SHARE = 180, 6, 0.05
+
+#: Over how many iterations the objective is averaged, twice, to see whether it still falls.
+_SPAN = 20
 
 
 def rescale(
@@ -60,22 +61,25 @@ def rescale(
     known_as = {id(param): name for name, param in task.params.items()}  # a tied weight's layer may have another name
     own = {name: known_as.get(id(param), name) for name, param in trainable(task.model).items()}
     kept = {n: mask[own[n]].to(param.device, param.dtype) for n, param in params.items() if own[n] in mask}
-    weights = {name: _masked(param, kept.get(name)) for name, param in params.items()}
-    objective = _Objective(task, kept, look_ahead, norm)
+    weights = {name: masked(param, kept.get(name)) for name, param in params.items()}
+    objective = Objective(task, kept, look_ahead, norm)
     scales = torch.ones(len(weights), device=task.device)
     # Two memories for one set of scales: the slopes of the norm and of the loss differ in size.
     for_norm, for_loss = (torch.optim.Adam([scales], lr=learning_rate) for _ in range(2))
-    looks: list[_Look] = []
-    with untouched(task.model, task.batches, train=True):
-        for batch, following in islice(pairwise(_endless(task)), count):
-            with _placed(len(looks) + 1):
+    looks: list[Look] = []
+    turns = shown(islice(pairwise(_endless(task)), count), count, "rescaled_init: iteration")
+    with untouched(task.model, task.batches, train=True), closing(turns):
+        for batch, following in turns:
+            with placed(f"rescaled_init, iteration {len(looks) + 1}"):
                 slopes, look = objective.by_scale(weights, scales, batch, following)
             looks.append(look)
             scales.grad = slopes.clamp(-clip, clip)
             (for_norm if look.ahead is None else for_loss).step()
             scales.clamp_(min=min_scale)
+            if iterations is None and _settled(looks):
+                break
     scales = ranks.broadcast({"": scales}, task.device)[""]
-    _report(looks, scales, norm, None if iterations or count == _MOST else task.steps)
+    _report(looks, scales, norm, _fewer(len(looks), iterations, task.steps))
     return dict(zip(weights, scales.tolist(), strict=True))
 
 
@@ -88,8 +92,8 @@ class RescaledInit(Tweak):
     gradient, on half of the batch and half of the next one. Inside a tensor the initial values keep their
     ratios and signs, and pruned weights stay 0. BatchNorm uses the batch; its running statistics stay.
 
-    Fields: `iterations`, from 1; each costs as much as 4 to 6 training steps; None is 180, or fewer where those would cost more
-    than 5 % of the run's steps. `look_ahead`, best the
+    Fields: `iterations`, from 1; each costs as much as 3 or 4 training steps; None is 180, or fewer where those would cost more
+    than 5 % of the run's steps, or where neither objective falls any more. `look_ahead`, best the
     optimizer's learning rate; toward 0 only the loss itself counts. `norm`: toward 0 only the norm is
     lowered, infinity never limits it. `learning_rate`, about how far one iteration moves a number, which
     starts at 1: 0.003 suits networks with norms, 0.03 those without. `min_scale` in (0, 1], the smallest
@@ -115,6 +119,16 @@ class RescaledInit(Tweak):
     norm: _Positive = 1.0
     min_scale: Annotated[float, Field(gt=0, le=1)] = 0.01
     clip: _Positive = 1.0
+
+    def look(self, task: Task) -> None:
+        try:
+            trainable(task.model)
+            with untouched(task.model, task.batches, train=True):
+                (batch,) = task.take(1, "rescaled_init")
+                with placed("rescaled_init"):
+                    task.loss_at(task.weights(), batch)
+        except TostError as error:
+            raise Inapplicable(str(error)) from error
 
     def start(self, task: Task, mask: Mapping[str, Tensor]) -> None:
         names = ("iterations", "learning_rate", "look_ahead", "norm", "min_scale", "clip")
@@ -150,95 +164,22 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: param for param, name in found.items()}
 
 
-class _Look(NamedTuple):
-    """One iteration: the loss, the gradient's norm, the loss one step ahead (None if it did not look)."""
-
-    loss: float
-    norm: float
-    ahead: float | None
-
-
-class _Objective(NamedTuple):
-    """What the scales minimise: the gradient's norm if it is above `norm`, else the loss one step ahead."""
-
-    task: Task
-    kept: Mapping[str, Tensor]
-    look_ahead: float
-    norm: float
-
-    def gradient(self, theta: dict[str, Tensor], batch: Any) -> tuple[dict[str, Tensor], Tensor]:
-        """The masked gradient of the loss on this rank's batch, and the loss."""
-        loss_of = grad_and_value(lambda theta: self.task.loss_at(theta, batch))
-        with Instead(SMOOTHER):
-            grads, loss = loss_of(theta)
-        return {name: _masked(grad, self.kept.get(name)) for name, grad in grads.items()}, loss
-
-    def by_theta(self, theta: dict[str, Tensor], batch: Any, following: Any) -> tuple[dict[str, Tensor], _Look]:
-        """The derivative by the rescaled weights (to be averaged over the ranks), and what was seen."""
-        # `pull(u)` is the derivative of <gradient, u>: one call of it serves either objective.
-        seen: Any = vjp(lambda theta: self.gradient(theta, batch), theta, has_aux=True)
-        local, pull, loss = seen
-        grads, loss = _mean(local, loss)
-        length = float(ranks.mean({"": _norm(grads)})[""])  # by way of the ranks: all must decide alike
-        _check_finite("loss and gradient norm", loss, length)
-        if length > self.norm:
-            (slopes,) = pull({name: grad / length for name, grad in grads.items()})
-            return slopes, _Look(loss, length, None)
-        moved = {name: value - self.look_ahead * grads[name] for name, value in theta.items()}
-        after, ahead = _mean(*self.gradient(moved, _halves(batch, following)))
-        _check_finite("loss after the look-ahead step", ahead)
-        (through,) = pull({name: -self.look_ahead * slope for name, slope in after.items()})
-        return {name: after[name] + slope for name, slope in through.items()}, _Look(loss, length, ahead)
-
-    def by_scale(
-        self, weights: Mapping[str, Tensor], scales: Tensor, batch: Any, following: Any
-    ) -> tuple[Tensor, _Look]:
-        """The derivative by each scale, the same on every rank, and what was seen."""
-        theta = {name: w * s.to(w.dtype) for (name, w), s in zip(weights.items(), scales, strict=True)}
-        found, look = self.by_theta(theta, batch, following)
-        slopes = torch.stack([(found[name] * weight).sum().float() for name, weight in weights.items()])
-        slopes = ranks.mean({"": slopes})[""]
-        size = slopes.abs()
-        _check_finite("slope for each scale", float(size.sum()))
-        # A bias in front of a norm has no effect but rounding noise, which Adam would blow up to full steps.
-        return slopes.masked_fill(size < 1e-6 * size.max(), 0), look
+def _settled(looks: list[Look]) -> bool:
+    """Whether the objective no longer falls: each of the two that have been looked at lately."""
+    norms = [look.norm for look in looks if look.ahead is None]
+    losses = [look.ahead for look in looks if look.ahead is not None]
+    late = {look.ahead is None for look in looks[-_SPAN:]}
+    seen = [values for values, which in ((norms, True), (losses, False)) if which in late]
+    return all(len(v) >= 2 * _SPAN and sum(v[-_SPAN:]) >= sum(v[-2 * _SPAN : -_SPAN]) for v in seen)
 
 
-@contextmanager
-def _placed(iteration: int) -> Iterator[None]:
-    """Within: errors say in which iteration they came up, and that of a missing derivative what to do."""
-    where = f"rescaled_init, iteration {iteration}"
-    try:
-        yield
-    except (TostError, RuntimeError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        if any(words in reason for words in ("derivative for", "functorch", "torch.func")):
-            text = f"{where}: expected a network that can be differentiated twice, got one that cannot ({reason})"
-            raise Inapplicable(f"{text}; leave rescaled_init out") from error
-        if isinstance(error, TostError):
-            raise error.at(where) from None
-        raise
-
-
-def _masked(tensor: Tensor, keep: Tensor | None) -> Tensor:
-    return tensor if keep is None else tensor * keep
-
-
-def _norm(tensors: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack([torch.linalg.vector_norm(tensor).float() for tensor in tensors.values()]).norm()
-
-
-def _mean(grads: dict[str, Tensor], loss: Tensor) -> tuple[dict[str, Tensor], float]:
-    """Gradients and loss averaged over the ranks."""
-    shared = ranks.mean({**grads, "": loss})
-    return {name: shared[name] for name in grads}, float(shared[""])
-
-
-def _check_finite(what: str, *values: float) -> None:
-    if not all(map(math.isfinite, values)):
-        shown = " and ".join(f"{value:g}" for value in values)
-        remedy = "check the data and the weights, or lower look_ahead and learning_rate"
-        raise TostError(f"expected a finite {what}, got {shown}; {remedy}")
+def _fewer(count: int, iterations: int | None, steps: int | None) -> str:
+    """Why there were fewer iterations than there may be, for the line; nothing where there were as many as asked for."""
+    if iterations or count == _MOST:
+        return ""
+    if count < affordable(steps):
+        return f" (in place of {affordable(steps)}: the objective no longer falls)"
+    return f" (in place of {_MOST}: they may cost {_SHARE:.0%} of the run's {steps} steps)"
 
 
 def _endless(task: Task) -> Iterator[Any]:
@@ -251,13 +192,7 @@ def _endless(task: Task) -> Iterator[Any]:
         yield from (batch for batch in task.batches or () if size_of(batch) >= least)
 
 
-def _halves(first: Any, second: Any) -> Any:
-    """The first half of one batch and the second half of another; what is not per sample is the first's."""
-    half, whole = size_of(first) // 2, size_of(second)
-    return joined([pick(first, range(half)), pick(second, range(whole // 2, whole))]) if half else second
-
-
-def _report(looks: list[_Look], scales: Tensor, limit: float, steps: int | None) -> None:
+def _report(looks: list[Look], scales: Tensor, limit: float, why: str) -> None:
     losses, norms, ahead = zip(*looks, strict=True)
     seen = [loss for loss in ahead if loss is not None]
     say(
@@ -265,6 +200,5 @@ def _report(looks: list[_Look], scales: Tensor, limit: float, steps: int | None)
         f"loss {losses[0]:.4g} -> {losses[-1]:.4g}"
         + (f", one step ahead {seen[0]:.4g} -> {seen[-1]:.4g}" if seen else "")
         + f"; gradient norm {norms[0]:.4g} -> {norms[-1]:.4g}, "
-        f"above {limit:g} in {len(looks) - len(seen)} of {len(looks)} iterations"
-        + (f" (in place of {_MOST}: they may cost {_SHARE:.0%} of the run's {steps} steps)" if steps else "")
+        f"above {limit:g} in {len(looks) - len(seen)} of {len(looks)} iterations" + why
     )

@@ -29,7 +29,7 @@ def load(spec: DataSpec) -> Data:
     `name` and `path`:
 
     * `digits`: the 1797 handwritten digits of scikit-learn, 8x8 grey, 1437 of them to train on; takes no
-      path.
+      path. `image_size` (None: 8) repeats pixels.
     * `cifar10`, `cifar100`: `path` is a folder with `train*.parquet` and `test*.parquet`, or torchvision's
       folder, or a folder that holds either under the data set's name; or one parquet file, whose last sixth
       becomes the test split; or, where no such path exists here, a Hub id such as `uoft-cs/cifar10`. Without
@@ -49,10 +49,8 @@ def load(spec: DataSpec) -> Data:
     """
     if spec.name not in _SOURCES:
         raise unknown("data.name", "data set", spec.name, _SOURCES)
-    if spec.image_size is not None and (spec.name == "digits" or spec.image_size < 1):
-        expected = "nothing for 'digits', 1 pixel or more for the others"
-        remedy = "digits have one size" if spec.name == "digits" else "32 is usual"
-        raise wrong("data.image_size", expected, spec.image_size, remedy)
+    if spec.image_size is not None and spec.image_size < 1:
+        raise wrong("data.image_size", "1 pixel or more", spec.image_size, "32 is usual")
     train, test, class_names = _SOURCES[spec.name](spec)
     if spec.image_size is not None and spec.name != "folder":  # which has resized each image as it came
         train, test = (_resized(split, spec.image_size) for split in (train, test))

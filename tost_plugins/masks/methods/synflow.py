@@ -12,13 +12,14 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from tost_plugins.errors import TostError
+from tost_plugins.errors import Inapplicable
 from tost_plugins.masks import ones
 from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scoring import derivative, weights_to_score
 from tost_plugins.masks.topk import choose, counts, dense_layers, split, tell, tell_ties, tied
 from tost_plugins.training.functions import Instead
+from tost_plugins.training.log import shown
 from tost_plugins.training.task import Task, untouched
 
 
@@ -89,7 +90,7 @@ class SynFlow:
         dense = dense_layers(own, counts(own, self.sparsity, self.allocation))
         revived: dict[str, None] = {}
         undecided: dict[str, None] = {}
-        for count in self._counts(own):
+        for count in shown(self._counts(own), self.rounds, "synflow: round"):
             synaptic_flow(task, weights, batch, split(scores, own))
             scores.masked_fill_(~kept, -1)  # what is gone never returns
             kept, lost = choose(own, scores, count, self.on_collapse, dense)
@@ -154,12 +155,12 @@ def synaptic_flow(task: Task, weights: Mapping[str, Tensor], batch: Any, out: Ma
     for name, grad in derivative(total, own, "synflow").items():
         torch.mul(grad, own[name].detach(), out=out[name]).abs_()
     if not bool(torch.isfinite(total)):
-        raise TostError(
+        raise Inapplicable(
             "synflow: expected a finite sum of outputs, got infinity; the network is too deep for float64, "
             "use another mask method"
         )
     if not any(bool(score.any()) for score in out.values()):
-        raise TostError(
+        raise Inapplicable(
             "synflow: expected outputs that depend on the weights, got scores of 0 everywhere; "
             "check for activations that saturate and layers that are all 0, or use another mask method"
         )

@@ -1,0 +1,124 @@
+"""Compact training: a step, its memory, and what it takes to see what a mask connects."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from interleave import Contender, Ratio, Row, alone, peak, resident, timed
+from torch import nn
+from torch.nn.utils import prune
+
+from tost_plugins import Mask, Session, masks
+from tost_plugins.lab import models
+from tost_plugins.masks.paths.connectivity import Paths
+from tost_plugins.training.params import prunable
+from tost_plugins.training.task import Task
+
+TITLE = "Compact steps"
+ABOUT = """
+Networks of `cifar/` under SynFlow's mask of 98 %, SGD with momentum on random images of 32 px, 128 in a batch (memory: 32).
+"compact" is `compact: true`: channels that no path of the mask runs through are not computed; "whole" is the same mask without
+it, "dense" the untouched network, "prune" `torch.nn.utils.prune` with the mask. "seeing what is live" is one pass along the
+network and one back, for any mask, beside a forward and a backward pass of torchvision's ResNet-50 with 32 images of 224 px.
+"""
+
+SPARSITY = 0.98
+LIMITS = {"vgg16": 0.35, "resnet18": 0.45, "resnet32": 0.55, "resnet20": 0.55, "mobilenet_v2": 0.40}
+NAMES = ("dense", "dense again", "whole", "compact", "prune")
+RATIOS = [
+    Ratio("a dense step again", "dense again", "dense"),
+    Ratio("whole", "whole", "dense"),
+    *(Ratio(f"compact ({name})", f"compact {name}", "dense", most=most) for name, most in LIMITS.items()),
+    *(Ratio(f"compact, to prune ({name})", f"compact {name}", "prune", most=most) for name, most in LIMITS.items()),
+    Ratio("peak memory of a compact step", "compact", "dense", most=0.6, unit="B"),
+    Ratio("seeing what is live", "live", "forward and backward", most=1.0),
+]  # fmt: skip
+
+
+def measure(small: bool) -> Iterator[Row]:
+    """The rows of all networks."""
+    for name in ("resnet20",) if small else LIMITS:
+        batch, size = (8, 16) if small else (128, 32)
+        case, mask = f"{name}, {batch} images of {size} px", _mask(name)
+        with ExitStack() as stack:
+            contenders = {contender: _step(contender, name, mask, batch, size, stack) for contender in NAMES}
+            contenders = {key + f" {name}" * (key == "compact"): value for key, value in contenders.items()}
+            yield from timed(case, contenders, 3 if small else 9)
+            stack.pop_all()
+        for contender in ("dense", "compact"):
+            found = alone("compact.py", contender, name, str(batch // 4), str(size))
+            yield Row(f"{name}, {batch // 4} images of {size} px", contender, 0, found["bytes"], "B")
+    yield from timed("resnet50, live", _live(small), 3 if small else 5)
+
+
+def _mask(name: str) -> Mask:
+    torch.manual_seed(0)
+    return masks.find(models.build(f"cifar/{name}", 10), "synflow", SPARSITY, input_shape=(3, 32, 32))
+
+
+def _step(contender: str, name: str, mask: Mask, batch: int, size: int, stack: ExitStack) -> Contender:
+    """A function that takes one training step."""
+    torch.manual_seed(0)
+    model = models.build(f"cifar/{name}", 10).train()
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
+    if contender == "prune":
+        _pruned(model, mask)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    if contender in ("whole", "compact"):
+        spec = {"mask": {"kind": "random", "sparsity": SPARSITY}, "compact": contender == "compact"}
+        session = Session(model, spec, mask).attach()
+        stack.enter_context(session.drive(optimizer, [(images[:2], labels[:2])], total_steps=10**9))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def _pruned(model: nn.Module, mask: Mask) -> None:
+    modules = dict(model.named_modules())
+    for name in prunable(model):
+        prune.custom_from_mask(modules[name.removesuffix(".weight")], "weight", mask[name].float())
+
+
+def _live(small: bool) -> dict[str, Callable[[], Any]]:
+    name, batch, size = ("cifar/resnet8", 4, 16) if small else ("torchvision/resnet50", 32, 224)
+    model = models.build(name, 10).train()
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
+    mask = masks.find(model, "random", 0.9)
+
+    def find() -> float:
+        start = time.perf_counter()
+        Paths(Task.of(model, batches=[(images, labels)])).connectivity(mask)
+        return time.perf_counter() - start
+
+    def both() -> None:
+        F.cross_entropy(model(images), labels).backward()
+
+    return {"live": find, "forward and backward": both}
+
+
+def _memory(contender: str, name: str, batch: str, size: str) -> None:
+    mask = _mask(name)
+    before = resident()
+    with ExitStack() as stack:
+        step = _step(contender, name, mask, int(batch), int(size), stack)
+        step()
+        step()
+        resident()
+        step()
+        print(json.dumps({"bytes": peak() - before}))
+        stack.pop_all()
+
+
+if __name__ == "__main__":
+    _memory(*sys.argv[1:])
