@@ -78,7 +78,7 @@ class MovingWeights(MaskedWeights):
                 grads = {name: param.grad for name, param in self.weights.items() if param.grad is not None}
                 self._move(grads, self.clock, optimizers)
                 self._moved_at = self.clock.step
-            optimizers.drop_gradients()
+            optimizers.sit_out()
 
     def after_step(self, clock: Clock, optimizers: Optimizers | None = None) -> None:
         """When a step is done: move a mask that follows the weights, and hide what it removes."""

@@ -142,6 +142,8 @@ class Session:
         """With gradients final and unscaled: mask them, or move the mask in place of the step. Raises TostError on NaN
         or Inf, before any weight changes; `check_finite=False` is for loss scalers, which skip such a step themselves."""
         self._expect("before_step")
+        if self.optimizers is not None:
+            self.optimizers.come_back()
         if self.state == "running":
             self.run.look(f"step {self.clock.step}")
             self.smoothing.check()
@@ -155,6 +157,8 @@ class Session:
         `step` is the number of finished optimizer steps as the trainer counts them; None counts one more.
         """
         self._expect("after_step")
+        if self.optimizers is not None:
+            self.optimizers.come_back()
         if self.state == "running":
             self.smoothing.check()  # with a closure there is no moment before the step
             self.run.step(step, self.optimizers)

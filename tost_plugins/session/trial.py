@@ -1,0 +1,61 @@
+"""An optimizer tried out: another one of the same kind and settings trains a small parameter, and what it does is looked at."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing random, printed, warned of, compiled or recorded for gradients stays of what happens inside."""
+    level = logging.root.manager.disable
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        torch.manual_seed(0)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+def twin(optimizer: Any, weight: nn.Parameter, probe: nn.Parameter, **changed: Any) -> Any:
+    """An optimizer of `probe` alone, made as that of `weight` was, as far as its group, its attributes and its class's
+    arguments tell. Raises whatever the class raises."""
+    group = next(g for g in optimizer.param_groups if any(param is weight for param in g["params"]))
+    settings = {key: value for key, value in group.items() if key not in ("params", "param_names")} | changed
+    settings = {key: value.clone() if isinstance(value, Tensor) else value for key, value in settings.items()}
+    arguments = dict(inspect.signature(type(optimizer)).parameters)
+    for used in ("params", "defaults", "state", "args", "kwargs"):
+        arguments.pop(used, None)
+    known = {name: settings.get(name, getattr(optimizer, name, arguments)) for name in arguments}
+    given = {name: value for name, value in known.items() if value is not arguments}
+    groups = [{**settings, "params": [probe]}]
+    try:
+        made = type(optimizer)(groups, **given)
+    except (TypeError, ValueError):
+        needed = {name for name, argument in arguments.items() if argument.default is argument.empty}
+        made = type(optimizer)(groups, **{name: value for name, value in given.items() if name in needed})
+    getattr(made, "train", lambda: None)()  # schedule-free optimizers ask for it
+    return made
+
+
+def wave(shape: list[int] | torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers of both signs, the same each time, without a pattern in rows or columns."""
+    count = torch.Size(shape).numel()
+    return (torch.arange(1, count + 1).double() ** 2 * 0.7345).sin().view(torch.Size(shape)).to(dtype)
