@@ -47,16 +47,25 @@ class Optimizers:
             )
 
     def groups(self) -> Iterator[dict[str, Any]]:
-        """The parameter groups of them all."""
-        return (group for optimizer in self.inner for group in optimizer.param_groups)
+        """The parameter groups of them all, wrappers' own too: ZeroRedundancyOptimizer's inner one has one rank's parameters."""
+        holders = [*self.inner, *(wrapper for outer in self.outer for wrapper in wrappers(outer))]
+        found = {id(group): group for each in holders for group in getattr(each, "param_groups", ())}
+        return iter(found.values())
 
     def join(self, companions: Iterable[tuple[nn.Parameter, nn.Parameter]], model: nn.Module) -> None:
         """Put each added parameter into the group of the parameter beside it, where none of them has it, and its name where
-        an optimizer was made from named parameters."""
-        group_of = {id(param): group for group in self.groups() for param in group["params"]}
+        an optimizer was made from named parameters. Raises TostError where ranks have shared the parameters among them."""
+        companions = list(companions)
+        group_of = {id(param): group for each in self.inner for group in each.param_groups for param in group["params"]}
+        shared = {id(param) for group in self.groups() for param in group["params"]}
+        if not shared <= group_of.keys() and (late := [param for param, _ in companions if id(param) not in shared]):
+            raise TostError(
+                f"optimizer: expected one that is made after attach, since its ranks share the parameters among them, got one "
+                f"without the {len(late)} that attach has added; attach first, then make it"
+            )
         names = {id(param): name for name, param in model.named_parameters()}
         for param, beside in companions:
-            if id(param) not in group_of and id(beside) in group_of:
+            if id(param) not in shared and id(beside) in group_of:
                 group_of[id(beside)]["params"].append(param)
                 if "param_names" in group_of[id(beside)]:
                     group_of[id(beside)]["param_names"].append(names[id(param)])
