@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -106,6 +106,16 @@ class MovingWeights(MaskedWeights):
                 hidden.copy_(weight)
                 hidden.sub_(weight.mul_(self.kept[name]))  # filling in by a mask takes several times as long
         self._revealed = False
+
+    def exchange(self, swap: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """While an optimizer puts other weights into the network: those out of sight are exchanged with the rest."""
+        if not self.hides or self._revealed:
+            return swap(*args, **kwargs) if self._revealed else super().exchange(swap, *args, **kwargs)
+        self._reveal()
+        try:
+            return swap(*args, **kwargs)
+        finally:
+            self.conceal()
 
     def metrics(self) -> dict[str, float]:
         """How many entries the last move has changed, and the share of the weights that have ever been kept."""

@@ -18,6 +18,7 @@ from tost_plugins.training.params import some
 from tost_plugins.training.sharding import any_rank, local
 
 _STEPS = ("step", "first_step", "second_step")  # of wrappers: the last two are those of SAM in its usual form
+_SWAPS = ("train", "eval")
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -37,6 +38,7 @@ class Optimizers:
         self._sits_out = False  # whether the step at hand is not to be taken
         self._idle: list[Callable[[], None]] = []  # where nobody follows the steps: what makes them steps again
         self._followed = False
+        self._exchanges: list[Callable[[], None]] = []  # what ends the care for them
         held = {id(param) for group in self.groups() for param in group["params"]}
         missing = [name for name, param in weights.items() if param.requires_grad and id(param) not in held]
         if missing:
@@ -105,6 +107,18 @@ class Optimizers:
         for remove in self._idle:
             remove()
         self._idle, self._sits_out = [], False
+
+    def exchange(self, call: Callable[..., Any]) -> None:
+        """Have `call(swap)` stand in for what puts other weights into the network: `train` and `eval` of schedule-free ones."""
+        swap = [each for each in self.inner if all(callable(getattr(each, name, None)) for name in _SWAPS)]
+        self._exchanges += [around(each, name, call) for each in swap for name in _SWAPS]
+
+    def let_be(self) -> None:
+        """The session is over, or has other optimizers."""
+        for remove in self._exchanges:
+            remove()
+        self._exchanges = []
+        self.come_back()
 
     # ---- state
 

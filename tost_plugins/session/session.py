@@ -135,8 +135,11 @@ class Session:
 
     def adopt(self, optimizer: Any) -> None:
         """Train with this optimizer; ghosts that it lacks join their convolutions' groups. `start` does the same."""
+        if self.optimizers is not None:
+            self.optimizers.let_be()
         self.optimizers = Optimizers(optimizer, self.run.params)
         self.optimizers.join(self.tweaks.companions(), self.model)
+        self.optimizers.exchange(self.run.exchange)
 
     def before_step(self, check_finite: bool = True) -> None:
         """With gradients final and unscaled: mask them, or move the mask in place of the step. Raises TostError on NaN
@@ -186,9 +189,10 @@ class Session:
         ran, mask, moved = self.state == "running", None, {}
         if ran:
             self.run.look("finish")
-            mask, moved = self.run.end()
+            mask, moved = self.run.end(self.optimizers)
         sharding.reshard(self.model)
         if self.optimizers is not None:
+            self.optimizers.let_be()
             self.optimizers.leave(param for param, _ in self.tweaks.companions())
         self.tweaks.detach()
         self._added.remove()

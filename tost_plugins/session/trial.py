@@ -34,17 +34,25 @@ def quiet() -> Iterator[None]:
             logging.disable(level)
 
 
+def group_of(optimizer: Any, weight: nn.Parameter) -> dict[str, Any]:
+    """The settings of a weight's group, without its parameters."""
+    group = next(g for g in optimizer.param_groups if any(param is weight for param in g["params"]))
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
 def twin(optimizer: Any, weight: nn.Parameter, probe: nn.Parameter, **changed: Any) -> Any:
     """An optimizer of `probe` alone, made as that of `weight` was, as far as its group, its attributes and its class's
     arguments tell. Raises whatever the class raises."""
-    group = next(g for g in optimizer.param_groups if any(param is weight for param in g["params"]))
-    settings = {key: value for key, value in group.items() if key not in ("params", "param_names")} | changed
-    settings = {key: value.clone() if isinstance(value, Tensor) else value for key, value in settings.items()}
-    arguments = dict(inspect.signature(type(optimizer)).parameters)
-    for used in ("params", "defaults", "state", "args", "kwargs"):
-        arguments.pop(used, None)
+    settings = group_of(optimizer, weight) | changed
+    settings = {
+        key: value.item() if isinstance(value, Tensor) and not value.ndim else value for key, value in settings.items()
+    }
+    settings |= {"capturable": False} if "capturable" in settings else {}  # of CUDA graphs
+    arguments = dict(list(inspect.signature(type(optimizer)).parameters.items())[1:])  # the first are the parameters
     known = {name: settings.get(name, getattr(optimizer, name, arguments)) for name in arguments}
-    given = {name: value for name, value in known.items() if value is not arguments}
+    given = {
+        name: value for name, value in known.items() if value is not arguments and name not in ("defaults", "state")
+    }
     groups = [{**settings, "params": [probe]}]
     try:
         made = type(optimizer)(groups, **given)
@@ -59,3 +67,26 @@ def wave(shape: list[int] | torch.Size, dtype: torch.dtype = torch.float32) -> T
     """Numbers of both signs, the same each time, without a pattern in rows or columns."""
     count = torch.Size(shape).numel()
     return (torch.arange(1, count + 1).double() ** 2 * 0.7345).sin().view(torch.Size(shape)).to(dtype)
+
+
+def take_step(optimizer: Any, probe: nn.Parameter, slope: Tensor, keep: Tensor) -> None:
+    """A step of the twin at a loss whose gradient is about `slope` at the entries `keep`, and 0 elsewhere: by the gradient
+    alone or, where that is an error, with its graph (second-order optimizers), or by a closure."""
+
+    def loss(graph: bool = True) -> Tensor:
+        probe.grad = None
+        with torch.enable_grad():
+            value = ((slope * probe + 0.05 * probe**2) * keep).sum()
+            value.backward(create_graph=graph)
+        return value
+
+    def plain(graph: bool) -> None:
+        loss(graph)
+        optimizer.step()
+
+    before = probe.detach().clone()
+    for step in (lambda: plain(False), lambda: plain(True)):
+        with contextlib.suppress(Exception):
+            return step()
+        probe.copy_(before)
+    optimizer.step(loss)
