@@ -58,9 +58,8 @@ class Run:
         if not resumes:
             say_begun(self.recipe, self.given_mask, weights, self.tweaks)
         if optimizers is not None and (not weights.wants_dense() or getattr(self.recipe.mask, "freeze", None)):
-            say_what_counts(
-                optimizers, {weights.weights[name]: sharding.local(kept) for name, kept in weights.kept.items()}
-            )
+            kept = {weights.weights[name]: sharding.local(kept) for name, kept in weights.kept.items()}
+            say_what_counts(optimizers, kept, isinstance(self.recipe.mask, Moving) and self.recipe.mask.takes_step)
         self._look()
 
     def look(self, where: str) -> None:

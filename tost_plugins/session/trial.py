@@ -7,7 +7,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,12 +53,13 @@ def twin(optimizer: Any, weight: nn.Parameter, probe: nn.Parameter, **changed: A
     given = {
         name: value for name, value in known.items() if value is not arguments and name not in ("defaults", "state")
     }
+    needed = {name for name, argument in arguments.items() if argument.default is argument.empty}
     groups = [{**settings, "params": [probe]}]
-    try:
-        made = type(optimizer)(groups, **given)
-    except (TypeError, ValueError):
-        needed = {name for name, argument in arguments.items() if argument.default is argument.empty}
-        made = type(optimizer)(groups, **{name: value for name, value in given.items() if name in needed})
+    made = _first_of(
+        lambda: type(optimizer)(groups, **given),
+        lambda: type(optimizer)(groups, **{name: value for name, value in given.items() if name in needed}),
+        lambda: type(optimizer)([(settings.get("name", "weight"), probe)], **given),  # made from named parameters
+    )
     getattr(made, "train", lambda: None)()  # schedule-free optimizers ask for it
     return made
 
@@ -85,8 +86,16 @@ def take_step(optimizer: Any, probe: nn.Parameter, slope: Tensor, keep: Tensor) 
         optimizer.step()
 
     before = probe.detach().clone()
-    for step in (lambda: plain(False), lambda: plain(True)):
+
+    def again(step: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: (probe.copy_(before), step())
+
+    _first_of(lambda: plain(False), again(lambda: plain(True)), again(lambda: optimizer.step(loss)))
+
+
+def _first_of(*ways: Callable[[], Any]) -> Any:
+    """What the first way gives that is no error; raises the last way's."""
+    for way in ways[:-1]:
         with contextlib.suppress(Exception):
-            return step()
-        probe.copy_(before)
-    optimizer.step(loss)
+            return way()
+    return ways[-1]()

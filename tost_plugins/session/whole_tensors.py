@@ -24,6 +24,7 @@ _OWN = (
     "weight_decay",
     "lr_scale",
 )  # groups that differ in these are as one
+_FAR = 5  # times as far as a new weight: what is less is not said
 _SIZE, _FEWEST = 400, 16  # weights of the layer that is tried, and how many of them are kept at least
 
 
@@ -51,8 +52,35 @@ def compare(optimizer: Any, weight: nn.Parameter, density: float) -> tuple[float
     return factor, float((masked / factor - own).norm() / own.norm())
 
 
-def say_what_counts(optimizers: Optimizers, kept: Mapping[nn.Parameter, Tensor]) -> None:
-    """One line for each optimizer under which removed weights count, or of which nobody knows."""
+def late(optimizer: Any, weight: nn.Parameter, idle: int = 200) -> float:
+    """How many times as far as a new weight one goes in its first step that had no gradient for `idle` steps; 1 where the
+    optimizer moves neither. Raises whatever the optimizer raises.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(4, 4))
+        >>> round(late(torch.optim.Adagrad([weight]), weight), 2), late(torch.optim.NAdam([weight]), weight) > 5
+        (1.0, True)
+    """
+    keep = torch.tensor([[True, False, True], [False, True, False]] * 2).view(4, 3, *[1] * (weight.ndim - 2))
+    keep = keep if weight.ndim > 1 else keep.flatten()
+    rate = {"lr": _rate(optimizer, weight)} if "lr" in group_of(optimizer, weight) else {}
+    with quiet():
+        probe = nn.Parameter(torch.zeros(keep.shape))
+        made = twin(optimizer, weight, probe, **rate)
+        take_step(made, probe, keep.float(), keep)
+        new = probe[keep].abs().mean()
+        for turn in range(idle):
+            probe.zero_()
+            take_step(made, probe, keep * (-1.0) ** turn, keep)
+        probe.zero_()
+        take_step(made, probe, torch.ones(keep.shape), torch.ones_like(keep))
+        moved = probe[~keep].abs().mean()
+    return float(moved / new) if new and moved.isfinite() else 1.0
+
+
+def say_what_counts(optimizers: Optimizers, kept: Mapping[nn.Parameter, Tensor], grows: bool = False) -> None:
+    """One line for each optimizer under which removed weights count, or of which nobody knows; where the mask `grows` weights,
+    also for one that throws them far."""
     said: set[str] = set()
     for optimizer in optimizers.inner:
         tried: set[str] = set()
@@ -64,9 +92,11 @@ def say_what_counts(optimizers: Optimizers, kept: Mapping[nn.Parameter, Tensor])
             tried.add(settings)
             weight = max((param for param, _ in masks), key=lambda param: param.numel())
             density = sum(int(mask.count_nonzero()) for _, mask in masks) / sum(mask.numel() for _, mask in masks)
-            if (line := _line(optimizer, weight, density)) and line not in said:
-                said.add(line)
-                say(line)
+            lines = [_line(optimizer, weight, density), _late_line(optimizer, weight) if grows else ""]
+            for line in lines:
+                if line and line not in said:
+                    said.add(line)
+                    say(line)
 
 
 def _line(optimizer: Any, weight: nn.Parameter, density: float) -> str:
@@ -89,13 +119,29 @@ def _line(optimizer: Any, weight: nn.Parameter, density: float) -> str:
     return f"{line} {far} as they would alone, and another way; a learning rate that is right for a dense network may not be"
 
 
+def _late_line(optimizer: Any, weight: nn.Parameter) -> str:
+    try:
+        times = late(optimizer, weight)
+    except Exception:
+        return ""
+    if times < _FAR:
+        return ""
+    name = type(optimizer).__name__
+    return f"{name}: weights that grow late go {times:.0f} and more times as far in their first step as new ones"
+
+
+def _rate(optimizer: Any, weight: nn.Parameter) -> Any:
+    """A learning rate to try: a warm-up begins at 0."""
+    group = group_of(optimizer, weight)
+    rates = (group.get("initial_lr"), group.get("lr"), getattr(optimizer, "defaults", {}).get("lr"), 1e-3)
+    return next(rate for rate in rates if rate)
+
+
 def _way(optimizer: Any, weight: nn.Parameter, keep: Tensor) -> Tensor:
     """Where the kept entries of a small parameter go, whose others are removed."""
     dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
     count = int(keep.sum())
-    group = group_of(optimizer, weight)
-    rates = (group.get("initial_lr"), group.get("lr"), getattr(optimizer, "defaults", {}).get("lr"), 1e-3)
-    given = {"lr": next(rate for rate in rates if rate)} if "lr" in group else {}  # a warm-up begins at 0
+    given = {"lr": _rate(optimizer, weight)} if "lr" in group_of(optimizer, weight) else {}
     numbers = wave([(_STEPS + 2) * count], dtype)
     with quiet():
         probe = nn.Parameter(torch.zeros(keep.shape, dtype=dtype).masked_scatter(keep, numbers))
