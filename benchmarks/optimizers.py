@@ -9,7 +9,9 @@ the others; "w * mask" has all weights, and multiplies them by the mask in its f
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import logging
 import sys
 import tempfile
@@ -38,7 +40,7 @@ settings unless the name says otherwise, a random mask of {SPARSITY:.0%}, in a p
 * zeros: under which masks all removed weights were exactly 0 after every step and all others finite ("all": a random one that
   stands still, RigL, DNW).
 * alone: the last training loss divided by that of a network made from vectors of the kept weights, which never had the others;
-  "same": every weight is the same to 1e-9. w * mask: the same beside a network that has all weights and multiplies them by the
+  "same": every weight is the same to 1e-9 (heavyball, in float32: 1e-4). w * mask: the same beside a network that has all weights and multiplies them by the
   mask. Above 1 is worse; "-": does not train so.
 * RigL, DNW: the last training loss under these, divided by that of the mask that stands still.
 * late: how many times as far as a new weight one goes in its first step that RigL brings back after 1000 steps.
@@ -73,16 +75,20 @@ Made = Callable[[Any], Any]
 
 
 def network() -> nn.Sequential:
-    """Two linear layers without biases, the same each time."""
+    """Two linear layers without biases, the same each time; in float64, unless that is switched off."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 64, bias=False), nn.ReLU(), nn.Linear(64, 4, bias=False)).double()
+    return nn.Sequential(nn.Linear(16, 64, bias=False), nn.ReLU(), nn.Linear(64, 4, bias=False))
 
 
 def batches() -> Iterator[tuple[Tensor, Tensor]]:
     """The same ones each time."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
-        x = torch.randn(32, 16, generator=generator, dtype=torch.float64)
+        x = torch.randn(
+            32,
+            16,
+            generator=generator,
+        )
         yield x, (x[:, :4] ** 2).argmax(1)
 
 
@@ -129,7 +135,8 @@ def zero(params: Any) -> Any:
 
 def adam_mini(params: Any) -> Any:
     named = [(f"layer{i}.weight", param) for i, param in enumerate(params)]
-    return importlib.import_module("adam_mini").Adam_mini(named, lr=1e-2, dim=16, n_heads=1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return importlib.import_module("adam_mini").Adam_mini(named, lr=1e-2, dim=16, n_heads=1)
 
 
 def heavy(name: str) -> Made:
@@ -175,8 +182,8 @@ ROWS: dict[str, dict[str, Made]] = {
         "ZeroRedundancyOptimizer of Adam": zero,
     },
     "timm": {
-        "cautious AdamW": timm("cadamw"),
-        "cautious Lion": timm("clion", 1e-4),
+        "cautious AdamW": timm("cadamw", 1e-2),
+        "cautious Lion": timm("clion", 1e-3),
         "AdafactorBigVision": timm("adafactorbv"),
         "Muon": timm("muon", 1e-2),
         "Lookahead of AdamW": lookahead("timm.optim"),
@@ -270,7 +277,7 @@ def alone(make: Made, mask: masks.Mask) -> tuple[dict[str, Tensor], float]:
     rows = {name: nn.Parameter(net.get_parameter(name).detach()[keep]) for name, keep in mask.items()}
 
     def weights() -> dict[str, Tensor]:
-        return {n: torch.zeros(k.shape, dtype=torch.float64).masked_scatter(k, rows[n]) for n, k in mask.items()}
+        return {n: torch.zeros(k.shape).masked_scatter(k, rows[n]) for n, k in mask.items()}
 
     loss = fit(
         make(list(rows.values())), lambda x, y: F.cross_entropy(torch.func.functional_call(net, weights(), x), y)
@@ -350,9 +357,13 @@ def row(package: str, name: str, make: Made) -> str:
             gap = max(
                 float((net.get_parameter(n).detach() - w).abs().max() / w.abs().max()) for n, w in single[0].items()
             )
-        cells[0] = "same" if gap < 1e-9 else f"{loss / single[1]:.2f}"
+        cells[0] = (
+            "same"
+            if gap < (1e-9 if torch.get_default_dtype() == torch.float64 else 1e-4)
+            else f"{loss / single[1]:.2f}"
+        )
     cells += ["-" if isinstance(got[k], str) else f"{got[k][1] / loss:.2f}" for k in ("RigL", "DNW")]
-    weight = nn.Parameter(torch.ones(8, 6, dtype=torch.float64))
+    weight = nn.Parameter(torch.ones(8, 6))
     inner = attempt(lambda: leaves(make([weight]))[0])
     far = attempt(lambda: late(inner, weight, 1000))
     starts = {} if isinstance(inner, str) else start_values(inner, weight)
@@ -376,6 +387,7 @@ def main(names: list[str]) -> None:
         versions.append(f"{PACKAGES[package]} {version(PACKAGES[package])}")
         for name, make in makers.items():
             if not names or name in names:
+                torch.set_default_dtype(torch.float32 if package == "heavyball" else torch.float64)  # it takes no other
                 rows.append(row(package, name, make))
                 print(rows[-1], flush=True)
     if missing:

@@ -176,6 +176,11 @@ class MovingWeights(MaskedWeights):
                 f"mask {self.method.kind}: expected one gradient for each step, got a second one while all weights "
                 f"are in the network (SAM and LBFGS take several); use another optimizer, or a mask that does not hide"
             )
+        if any(param.grad is not None and param.grad.requires_grad for param in self.weights.values()):
+            raise TostError(
+                f"mask {self.method.kind}: expected gradients alone, got some with a graph (create_graph=True), along which "
+                f"second-order optimizers go back once all weights are in the network; use another mask or optimizer"
+            )
         torch._foreach_add_(list(self.weights.values()), list(self._hidden().values()))
         self._revealed = True
 

@@ -44,9 +44,9 @@ def twin(optimizer: Any, weight: nn.Parameter, probe: nn.Parameter, **changed: A
     """An optimizer of `probe` alone, made as that of `weight` was, as far as its group, its attributes and its class's
     arguments tell. Raises whatever the class raises."""
     settings = group_of(optimizer, weight) | changed
-    settings = {
-        key: value.item() if isinstance(value, Tensor) and not value.ndim else value for key, value in settings.items()
-    }
+    for key, value in settings.items():
+        if isinstance(value, Tensor):  # a learning rate for CUDA graphs; others count steps
+            settings[key] = value.item() if key in ("lr", "initial_lr") else value.detach().cpu().clone()
     settings |= {"capturable": False} if "capturable" in settings else {}  # of CUDA graphs
     arguments = dict(list(inspect.signature(type(optimizer)).parameters.items())[1:])  # the first are the parameters
     known = {name: settings.get(name, getattr(optimizer, name, arguments)) for name in arguments}

@@ -38,11 +38,12 @@ def compare(optimizer: Any, weight: nn.Parameter, density: float) -> tuple[float
         (1.0, 0.0)
     """
     size = min(max(_SIZE, round(_FEWEST / max(density, 1e-6))), 100 * _SIZE)
-    side, more = round(math.sqrt(size)), [1] * (weight.ndim - 2)
-    count = max(2, round(side * side * density / 2)) * 2
-    whole, alone = ([side, side, *more], [count // 2, 2, *more]) if weight.ndim > 1 else ([side * side], [count])
-    order = torch.randperm(side * side, generator=torch.Generator().manual_seed(0))
-    keep = torch.zeros(side * side, dtype=torch.bool).index_fill(0, order[:count], True).view(whole)
+    more = [1] * (weight.ndim - 2)
+    whole, alone = ([n, n + 1, *more] for n in (round(math.sqrt(size)), max(2, round(math.sqrt(size * density)))))
+    total, count = torch.Size(whole).numel(), min(torch.Size(alone).numel(), torch.Size(whole).numel())
+    whole, alone = (whole, alone) if weight.ndim > 1 else ([total], [count])
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    keep = torch.zeros(total, dtype=torch.bool).index_fill(0, order[:count], True).view(whole)
     masked, own = (_way(optimizer, weight, kept) for kept in (keep, torch.ones(alone, dtype=torch.bool)))
     if not own.isfinite().all() or not own.any():
         return None
@@ -67,14 +68,14 @@ def late(optimizer: Any, weight: nn.Parameter, idle: int = 200) -> float:
     with quiet():
         probe = nn.Parameter(torch.zeros(keep.shape))
         made = twin(optimizer, weight, probe, **rate)
-        take_step(made, probe, keep.float(), keep)
-        new = probe[keep].abs().mean()
-        for turn in range(idle):
+        slopes = [keep * (-1.0) ** turn for turn in range(idle + 1)] + [torch.ones(keep.shape)]
+        ways = []
+        for slope in slopes:
             probe.zero_()
-            take_step(made, probe, keep * (-1.0) ** turn, keep)
-        probe.zero_()
-        take_step(made, probe, torch.ones(keep.shape), torch.ones_like(keep))
-        moved = probe[~keep].abs().mean()
+            probe.grad = slope
+            made.step()
+            ways.append(probe.detach().abs())
+        new, moved = ways[0][keep].mean(), ways[-1][~keep].mean()
     return float(moved / new) if new and moved.isfinite() else 1.0
 
 
@@ -83,13 +84,12 @@ def say_what_counts(optimizers: Optimizers, kept: Mapping[nn.Parameter, Tensor],
     also for one that throws them far."""
     said: set[str] = set()
     for optimizer in optimizers.inner:
-        tried: set[str] = set()
+        alike: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
         for group in optimizer.param_groups:
-            masks = [(param, kept[param]) for param in group["params"] if param in kept and not kept[param].all()]
             settings = str({key: value for key, value in group.items() if key not in _OWN})
-            if not masks or settings in tried:
-                continue
-            tried.add(settings)
+            masks = [(param, kept[param]) for param in group["params"] if param in kept and not kept[param].all()]
+            alike.setdefault(settings, []).extend(masks)
+        for masks in filter(None, alike.values()):
             weight = max((param for param, _ in masks), key=lambda param: param.numel())
             density = sum(int(mask.count_nonzero()) for _, mask in masks) / sum(mask.numel() for _, mask in masks)
             lines = [_line(optimizer, weight, density), _late_line(optimizer, weight) if grows else ""]
