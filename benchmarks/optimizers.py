@@ -9,12 +9,9 @@ the others; "w * mask" has all weights, and multiplies them by the mask in its f
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 import logging
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -23,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from optimizer_rows import PACKAGES, ROWS, Made
 from torch import Tensor, nn
 
 from tost_plugins import Session, TostError, masks
@@ -30,7 +28,7 @@ from tost_plugins.session.optimizer_state import start_values
 from tost_plugins.session.steps import leaves
 from tost_plugins.session.whole_tensors import late
 
-STEPS, SPARSITY = 200, 0.9
+STEPS, SPARSITY = 100, 0.9
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "optimizers.md"
 HEAD = f"""# Optimizers
 
@@ -40,10 +38,10 @@ settings unless the name says otherwise, a random mask of {SPARSITY:.0%}, in a p
 * zeros: under which masks all removed weights were exactly 0 after every step and all others finite ("all": a random one that
   stands still, RigL, DNW).
 * alone: the last training loss divided by that of a network made from vectors of the kept weights, which never had the others;
-  "same": every weight is the same to 1e-9 (heavyball, in float32: 1e-4). w * mask: the same beside a network that has all weights and multiplies them by the
-  mask. Above 1 is worse; "-": does not train so.
+  "same": every weight is the same to 1e-9 (heavyball, in float32: 1e-4).
+* w * mask: the same beside a network that has all weights and multiplies them by the mask. Above 1 is worse; "-" fails.
 * RigL, DNW: the last training loss under these, divided by that of the mask that stands still.
-* late: how many times as far as a new weight one goes in its first step that RigL brings back after 1000 steps.
+* late: how many times as far as a new weight one goes in its first step that RigL brings back after 500 steps.
 * starts: what the optimizer keeps for a new weight, where that is not 0.
 * said: what a session says when it starts, in short.
 
@@ -58,7 +56,7 @@ a small layer of the same sparsity, beside one that holds the kept weights only,
 it is only the length of the step, the line names the learning rate that makes up for it (measured with timm's cautious AdamW at
 90 %: 10 times, at 99.9 %: 450 times, where it gives up dividing).
 
-**Weights that grow late.** When RigL or SET brings a weight back, its state is that of a new weight, but an optimizer that corrects
+**Weights that grow late.** When RigL or SET brings a weight back, its state is that of a new one, but an optimizer that corrects
 its averages for the first steps (Adam, NAdam) has stopped doing so: such a weight goes 2 to 3 learning rates far under Adam, 14
 under NAdam. RMSprop corrects nothing: 10 for any new weight, as in a dense network. Starting the second moment at the square of
 the gradient at which the weight grew, scaled to that of the kept ones, or at their mean, makes the first step 0.1 learning rates
@@ -71,7 +69,6 @@ survive a step without gradients). ZeroRedundancyOptimizer trains as the optimiz
 (`tests/session/test_zero_redundancy.py`); it has to be made after attach. Schedule-free optimizers evaluate the sparse network
 too: `train` and `eval` are seen, and under DNW what waits out of sight is exchanged with the rest.
 """
-Made = Callable[[Any], Any]
 
 
 def network() -> nn.Sequential:
@@ -90,144 +87,6 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
             generator=generator,
         )
         yield x, (x[:, :4] ** 2).argmax(1)
-
-
-# ---- optimizers
-
-
-def of(package: str, name: str, **settings: Any) -> Made:
-    """One that a package has under this name."""
-    return lambda params: getattr(importlib.import_module(package), name)(params, **settings)
-
-
-def po(name: str, **settings: Any) -> Made:
-    return lambda params: importlib.import_module("pytorch_optimizer").load_optimizer(name)(params, **settings)
-
-
-def timm(name: str, lr: float = 1e-3) -> Made:
-    return lambda params: importlib.import_module("timm.optim").create_optimizer_v2(list(params), opt=name, lr=lr)
-
-
-def grouped(make: Made, **settings: Any) -> Made:
-    """One whose groups say what it does with them."""
-    return lambda params: make([{"params": list(params), **settings}])
-
-
-def lookahead(package: str) -> Made:
-    def make(params: Any) -> Any:
-        return getattr(importlib.import_module(package), "Lookahead")(torch.optim.AdamW(params, lr=1e-2))
-
-    return make
-
-
-def sam(params: Any) -> Any:
-    return importlib.import_module("pytorch_optimizer").SAM(params, torch.optim.SGD, lr=0.1, momentum=0.9)
-
-
-def zero(params: Any) -> Any:
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    if not torch.distributed.is_initialized():
-        store = torch.distributed.FileStore(str(Path(tempfile.mkdtemp()) / "store"), 1)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    return ZeroRedundancyOptimizer(params, torch.optim.Adam, lr=1e-2)
-
-
-def adam_mini(params: Any) -> Any:
-    named = [(f"layer{i}.weight", param) for i, param in enumerate(params)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        return importlib.import_module("adam_mini").Adam_mini(named, lr=1e-2, dim=16, n_heads=1)
-
-
-def heavy(name: str) -> Made:
-    def make(params: Any) -> Any:
-        heavyball = importlib.import_module("heavyball")
-        heavyball.utils.compile_mode = None
-        return getattr(heavyball, name)(params, lr=1e-2)
-
-    return make
-
-
-PACKAGES = {
-    "torch": "torch",
-    "timm": "timm",
-    "pytorch_optimizer": "pytorch_optimizer",
-    "heavyball": "heavyball",
-    "schedulefree": "schedulefree",
-    "prodigyopt": "prodigyopt",
-    "lion_pytorch": "lion-pytorch",
-    "adam_mini": "adam-mini",
-}
-LOW_RANK = {"rank": 4, "update_proj_gap": 20, "scale": 1.0, "projection_type": "std"}
-ROWS: dict[str, dict[str, Made]] = {
-    "torch": {
-        **{
-            name: of("torch.optim", name)
-            for name in (
-                "ASGD",
-                "Adadelta",
-                "Adafactor",
-                "Adagrad",
-                "Adam",
-                "AdamW",
-                "Adamax",
-                "NAdam",
-                "RAdam",
-                "RMSprop",
-                "Rprop",
-            )
-        },
-        "SGD, momentum 0.9": of("torch.optim", "SGD", lr=0.1, momentum=0.9),
-        "LBFGS": of("torch.optim", "LBFGS", lr=0.1),
-        "ZeroRedundancyOptimizer of Adam": zero,
-    },
-    "timm": {
-        "cautious AdamW": timm("cadamw", 1e-2),
-        "cautious Lion": timm("clion", 1e-3),
-        "AdafactorBigVision": timm("adafactorbv"),
-        "Muon": timm("muon", 1e-2),
-        "Lookahead of AdamW": lookahead("timm.optim"),
-        "LAMB": timm("lamb", 1e-2),
-        "MADGRAD": timm("madgrad"),
-        "Kron": timm("kron"),
-    },
-    "pytorch_optimizer": {
-        "Muon": grouped(po("muon"), use_muon=True),
-        "AdaMuon": grouped(po("adamuon"), use_muon=True),
-        "SOAP": po("soap"),
-        "Shampoo": po("shampoo"),
-        "SPlus": po("splus"),
-        "Conda": po("conda"),
-        "Alice, rank 4": po("alice", rank=4, leading_basis=2),
-        "GaLore, rank 4": grouped(po("galore", lr=1e-2), **LOW_RANK),
-        "Fira, rank 4": grouped(po("fira", lr=1e-2), **LOW_RANK),
-        "VSGD": po("vsgd"),
-        "DAdaptAdaGrad": po("dadaptadagrad"),
-        "DAdaptSGD": po("dadaptsgd"),
-        "Adai": po("adai"),
-        "AdamS": po("adams"),
-        "AdaHessian": po("adahessian"),
-        "SophiaH": po("sophiah"),
-        "Magma of AdamW": lambda params: importlib.import_module("pytorch_optimizer").Magma(torch.optim.AdamW(params)),
-        "Lookahead of AdamW": lookahead("pytorch_optimizer"),
-        "SAM of SGD": sam,
-        "Ranger (gradient centralisation)": po("ranger"),
-        "cautious Lion": po("lion", cautious=True),
-        "Yogi": po("yogi"),
-        "CAME": po("came"),
-        "FlashAdamW (8 bits)": po("flashadamw"),
-        "Adan": po("adan"),
-        "AvaGrad": po("avagrad"),
-    },
-    "heavyball": {"SOAP": heavy("SOAP"), "PSGDKron": heavy("PSGDKron"), "Muon": heavy("Muon")},
-    "schedulefree": {
-        "AdamWScheduleFree": of("schedulefree", "AdamWScheduleFree", lr=1e-2),
-        "SGDScheduleFree": of("schedulefree", "SGDScheduleFree", lr=1.0),
-    },
-    "prodigyopt": {"Prodigy": of("prodigyopt", "Prodigy")},
-    "lion_pytorch": {"Lion": of("lion_pytorch", "Lion", lr=1e-3)},
-    "adam_mini": {"Adam-mini": adam_mini},
-}
 
 
 # ---- one training, three ways
@@ -365,12 +224,13 @@ def row(package: str, name: str, make: Made) -> str:
     cells += ["-" if isinstance(got[k], str) else f"{got[k][1] / loss:.2f}" for k in ("RigL", "DNW")]
     weight = nn.Parameter(torch.ones(8, 6))
     inner = attempt(lambda: leaves(make([weight]))[0])
-    far = attempt(lambda: late(inner, weight, 1000))
+    far = attempt(lambda: late(inner, weight, 500))
     starts = {} if isinstance(inner, str) else start_values(inner, weight)
     kept = ", ".join(f"`{key}` {value:.3g}" for key, value in starts.items() if value) or "0"
     zeros = "all" if len(right) == len(tries) else (", ".join(right) or "none") + (f" ({wrong})" if wrong else "")
     title = name if package == "torch" else f"{package}: {name}"
-    return f"| {title} | {zeros} | {' | '.join(cells)} | {'-' if isinstance(far, str) else f'{far:.2g}'} | {kept} | {short(said.lines)} |"
+    cells += ["-" if isinstance(far, str) else f"{far:.2g}", kept, short(said.lines)]
+    return f"| {title} | {zeros} | {' | '.join(cells)} |"
 
 
 def main(names: list[str]) -> None:

@@ -27,7 +27,7 @@ def numbers(weight: Tensor, state: Any, key: str = "") -> Iterator[tuple[str, Te
 
 def start_values(optimizer: Any, weight: nn.Parameter) -> dict[str, float]:
     """Key -> the number that an optimizer keeps for a weight which has never had a gradient: 0 for momentum, the learning rate
-    for Rprop's steps. A key is missing where its numbers do not stand for single weights, as in a rotated basis.
+    for Rprop's steps. A key is missing where its numbers do not stand for single weights, as in a rotated basis, or change with time.
 
     It is tried out: an optimizer of the same kind and settings trains a small parameter half of whose gradients are 0.
 
@@ -45,10 +45,15 @@ def start_values(optimizer: Any, weight: nn.Parameter) -> dict[str, float]:
         with quiet():
             probe = nn.Parameter(numbers_of[0] * keep)
             made = twin(optimizer, weight, probe)
+            found: list[dict[str, Tensor]] = []
             for slope in numbers_of[1:]:
                 take_step(made, probe, slope * keep, keep)
                 probe.mul_(keep)
-            found = {key: value[~keep] for key, value in numbers(probe, made.state.get(probe))}
+                found.append({key: value[~keep].clone() for key, value in numbers(probe, made.state.get(probe))})
     except Exception:  # somebody's class, made in another way
         return {}
-    return {key: idle[0].item() for key, idle in found.items() if idle.numel() and bool((idle == idle[0]).all())}
+    return {
+        key: idle[0].item()
+        for key, idle in found[-1].items()
+        if idle.numel() and bool((idle == idle[0]).all()) and torch.equal(idle, found[0].get(key, idle))
+    }

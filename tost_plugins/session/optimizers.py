@@ -131,22 +131,19 @@ class Optimizers:
         """Give the entries `changed` of a weight the state that a new weight has; `idle` are entries that stay
         removed; both as bools over the part of the weight that this rank holds.
 
-        That is what all idle entries hold (sums of nothing may grow or fade with time) or, where they differ, what an
-        optimizer that is tried out gives a new weight; else what the optimizer remembers is left, which is said once.
+        Where a start value cannot be found out (or changes with time, as VSGD's sums of nothing do), all idle entries hold
+        the same number, and that is it; else what the optimizer remembers is left, which is said once.
         """
         for optimizer in self.inner:
             if isinstance(optimizer, torch.optim.LBFGS) and bool(changed.any()):
                 optimizer.state.clear()  # differences of gradients of a network that is another now
             for key, value in numbers(weight, optimizer.state.get(weight)):
-                seen = local(value)[idle]
-                if seen.numel() and bool((seen == seen[0]).all()):
-                    local(value).masked_fill_(changed, seen[0].item())
-                    continue
                 starts = self._starts.setdefault((id(optimizer), weight.ndim), {})
                 if not starts:
                     starts.update(start_values(optimizer, weight))
-                if key in starts:
-                    local(value).masked_fill_(changed, starts[key])
+                seen = local(value)[idle]
+                if key in starts or (seen.numel() and bool((seen == seen[0]).all())):
+                    local(value).masked_fill_(changed, starts[key] if key in starts else seen[0].item())
                 elif key not in self._unknown:
                     self._unknown.add(key)
                     say(
