@@ -27,7 +27,8 @@ def numbers(weight: Tensor, state: Any, key: str = "") -> Iterator[tuple[str, Te
 
 def start_values(optimizer: Any, weight: nn.Parameter) -> dict[str, float]:
     """Key -> the number that an optimizer keeps for a weight which has never had a gradient: 0 for momentum, the learning rate
-    for Rprop's steps. A key is missing where its numbers do not stand for single weights, as in a rotated basis, or change with time.
+    for Rprop's steps. A key is missing where its numbers do not stand for single weights, as in a rotated basis, or change
+    with time.
 
     It is tried out: an optimizer of the same kind and settings trains a small parameter half of whose gradients are 0.
 
