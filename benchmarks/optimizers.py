@@ -38,7 +38,7 @@ settings unless the name says otherwise, a random mask of {SPARSITY:.0%}, in a p
 * zeros: under which masks all removed weights were exactly 0 after every step and all others finite ("all": a random one that
   stands still, RigL, DNW).
 * alone: the last training loss divided by that of a network made from vectors of the kept weights, which never had the others;
-  "same": every weight is the same to 1e-9 (heavyball, in float32: 1e-4).
+  "same": every weight is the same to 1e-9 (heavyball and Magma, in float32: 1e-4).
 * w * mask: the same beside a network that has all weights and multiplies them by the mask. Above 1 is worse; "-" fails.
 * RigL, DNW: the last training loss under these, divided by that of the mask that stands still.
 * late: how many times as far as a new weight one goes in its first step that RigL brings back after 500 steps.
@@ -247,7 +247,9 @@ def main(names: list[str]) -> None:
         versions.append(f"{PACKAGES[package]} {version(PACKAGES[package])}")
         for name, make in makers.items():
             if not names or name in names:
-                torch.set_default_dtype(torch.float32 if package == "heavyball" else torch.float64)  # it takes no other
+                torch.set_default_dtype(
+                    torch.float32 if package == "heavyball" or "Magma" in name else torch.float64
+                )  # they take no other
                 rows.append(row(package, name, make))
                 print(rows[-1], flush=True)
     if missing:
