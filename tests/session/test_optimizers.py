@@ -1,5 +1,6 @@
 """Optimizers of other people's, alone, in each other and side by side: steps are counted, removed weights are exactly 0."""
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -333,3 +334,174 @@ def test_what_cannot_be_told_is_left_alone_and_said_once(caplog: pytest.LogCaptu
             before = now
     said = [record.message for record in caplog.records if "cannot be told" in record.message]
     assert len(said) == 1 and said[0].startswith("Rotated: what 'second' holds for a single weight")
+
+
+class Cautious(torch.optim.SGD):
+    """Weights whose step and gradient agree go on, longer by the share of them in the tensor, as cautious optimizers do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in (param for param in group["params"] if param.grad is not None):
+                momentum = self.state[param].setdefault("momentum", torch.zeros_like(param)).lerp_(param.grad, 0.1)
+                agree = (momentum * param.grad > 0).to(param.dtype)
+                param.sub_(group["lr"] * momentum * agree / agree.mean().clamp_min(1e-3))
+
+
+class AsAll(torch.optim.SGD):
+    """Wants every gradient, and gives up if one is missing, as Adai and DAdaptSGD do."""
+
+    def step(self, closure: Any = None) -> None:
+        assert all(param.grad is not None for group in self.param_groups for param in group["params"])
+        super().step()
+
+
+class Second(Optimizer):
+    """Goes back along the gradients: the diagonal of the Hessian, as AdaHessian estimates it."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        curved = torch.autograd.grad(grads, params, [torch.ones_like(grad) for grad in grads])
+        with torch.no_grad():
+            for param, grad, bend in zip(params, grads, curved, strict=True):
+                kept = self.state[param].setdefault("bend", torch.zeros_like(param)).lerp_(bend.abs(), 0.1)
+                param.sub_(self.param_groups[0]["lr"] * grad.detach() / (1 + kept))
+
+
+class Exchanging(Optimizer):
+    """Trains with weights between fast ones and their average, and evaluates with the average, as schedule-free ones do."""
+
+    def __init__(self, params: Any, lr: float = 0.5) -> None:
+        super().__init__(params, {"lr": lr})
+        self.training, self.count = True, 0
+
+    def train(self) -> None:
+        self._go(True, 0.1)
+
+    def eval(self) -> None:
+        self._go(False, 1 - 1 / 0.9)
+
+    @torch.no_grad()
+    def _go(self, training: bool, share: float) -> None:
+        if training != self.training:
+            self.training = training
+            for param, state in self.state.items():
+                param.lerp_(state["fast"], share)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.count += 1
+        for param in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            fast = self.state[param].setdefault("fast", param.clone())
+            average = param.lerp(fast, 1 - 1 / 0.9)
+            fast.sub_(self.param_groups[0]["lr"] * param.grad)
+            param.copy_(average.lerp(fast, 1 / self.count).lerp(fast, 0.1))
+
+
+def started(made: Callable[[Any], Any], mask: str, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The lines about the optimizer when a session starts."""
+    net = Digits()
+    with caplog.at_level("INFO"):
+        caplog.clear()
+        Session(net, {"mask": MASKS[mask]}).attach().start(made(net.parameters()), digits(1), total_steps=STEPS)
+    return [record.message for record in caplog.records if not record.message.startswith("recipe")]
+
+
+@pytest.mark.parametrize(("kind", "way"), [(Cautious, "times as far as they would alone; dividing the learning rate by 2"),
+                                           (Orthogonal, "another way"), (Rotated, "another way"),
+                                           (torch.optim.Adafactor, "another way")])  # fmt: skip
+def test_removed_weights_that_count_are_said_once(kind: Any, way: str, caplog: pytest.LogCaptureFixture) -> None:
+    lines = started(lambda p: kind(p, lr=0.01), "random", caplog)
+    assert (
+        len(lines) == 1
+        and lines[0].startswith(f"{kind.__name__}: removed weights count in its steps")
+        and way in lines[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop"]
+)
+def test_optimizers_that_take_each_weight_by_itself_need_no_line(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert started(getattr(torch.optim, name), "random", caplog) == []
+    assert len(started(getattr(torch.optim, name), "rigl", caplog)) == (name == "NAdam")  # throws what grows late
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.1])
+def test_a_warm_up_from_0_hides_nothing(lr: float, caplog: pytest.LogCaptureFixture) -> None:
+    def made(params: Any) -> Any:
+        optimizer = Cautious(params, lr=0.1)
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr)
+        return optimizer
+
+    assert len(started(made, "random", caplog)) == 1
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_one_that_wants_every_gradient_survives_moves(mask: str) -> None:
+    net = Digits()
+    made, session = AsAll(net.parameters(), lr=0.05), Session(net, {"mask": MASKS[mask]})
+    with session.drive(made, digits(1), total_steps=STEPS):
+        for number, _ in enumerate(loop(net, made), 1):
+            assert session.clock.step == number and not outside(session)
+    net = Digits()  # where a trainer tells of the steps
+    made, session = AsAll(net.parameters(), lr=0.05), Session(net, {"mask": MASKS[mask]}).attach()
+    session.start(made, digits(1), total_steps=STEPS)
+    for x, y in digits(STEPS):
+        made.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        session.before_step()
+        made.step()
+        session.after_step()
+    assert "step" not in vars(made) and not outside(session)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_second_order_optimizers(mask: str) -> None:
+    net = Digits()
+    made, session = Second(net.parameters()), Session(net, {"mask": MASKS[mask]})
+    wrong = pytest.raises(TostError, match=r"mask dnw: expected gradients alone, got some with a graph")
+    with wrong if mask == "dnw" else contextlib.nullcontext(), session.drive(made, total_steps=STEPS):
+        for number, (x, y) in enumerate(digits(STEPS), 1):
+            made.zero_grad()
+            F.cross_entropy(net(x), y).backward(create_graph=True)
+            made.step()
+            assert session.clock.step == number and not outside(session)
+    assert all(bool(value.isfinite().all()) for value in net.state_dict().values())
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_one_that_exchanges_the_weights_evaluates_the_sparse_network(mask: str) -> None:
+    net = Digits()
+    made, session = Exchanging(net.parameters()), Session(net, {"mask": MASKS[mask]})
+    with session.drive(made, digits(1), total_steps=STEPS):
+        for _ in loop(net, made):
+            before = {name: value.clone() for name, value in net.state_dict().items()}
+            made.eval()
+            assert not outside(session)
+            made.train()
+            for name, value in net.state_dict().items():
+                torch.testing.assert_close(value, before[name])
+    made.eval()
+    assert not outside(session) and "eval" not in vars(made)
+
+
+def test_lbfgs_begins_again_where_the_mask_moves() -> None:
+    net = Digits()
+    made, session = torch.optim.LBFGS(net.parameters(), lr=0.05, max_iter=2), Session(net, {"mask": MASKS["rigl"]})
+    with session.drive(made, digits(1), total_steps=STEPS):
+        for x, y in digits(STEPS):
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                made.zero_grad()
+                loss = F.cross_entropy(net(x), y)
+                loss.backward()
+                return loss
+
+            old = session.mask
+            made.step(closure)
+            assert (session.mask != old) == (not made.state) and not outside(session)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +149,12 @@ class MaskedWeights:
             if optimizers is not None and optimizers.remember(weight):
                 removed = local(self.kept[name]) == 0
                 optimizers.renew(weight, removed, torch.zeros_like(removed))
+
+    def exchange(self, swap: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """While an optimizer puts other weights into the network: schedule-free ones train and evaluate with different ones."""
+        result = swap(*args, **kwargs)
+        self.zero()
+        return result
 
     def conceal(self) -> None:
         """Take removed weights that train out of sight out of the network again, if there are any."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class MovingWeights(MaskedWeights):
                 grads = {name: param.grad for name, param in self.weights.items() if param.grad is not None}
                 self._move(grads, self.clock, optimizers)
                 self._moved_at = self.clock.step
-            optimizers.drop_gradients()
+            optimizers.sit_out()
 
     def after_step(self, clock: Clock, optimizers: Optimizers | None = None) -> None:
         """When a step is done: move a mask that follows the weights, and hide what it removes."""
@@ -106,6 +106,16 @@ class MovingWeights(MaskedWeights):
                 hidden.copy_(weight)
                 hidden.sub_(weight.mul_(self.kept[name]))  # filling in by a mask takes several times as long
         self._revealed = False
+
+    def exchange(self, swap: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """While an optimizer puts other weights into the network: those out of sight are exchanged with the rest."""
+        if not self.hides or self._revealed:
+            return swap(*args, **kwargs) if self._revealed else super().exchange(swap, *args, **kwargs)
+        self._reveal()
+        try:
+            return swap(*args, **kwargs)
+        finally:
+            self.conceal()
 
     def metrics(self) -> dict[str, float]:
         """How many entries the last move has changed, and the share of the weights that have ever been kept."""
@@ -165,6 +175,11 @@ class MovingWeights(MaskedWeights):
             raise TostError(
                 f"mask {self.method.kind}: expected one gradient for each step, got a second one while all weights "
                 f"are in the network (SAM and LBFGS take several); use another optimizer, or a mask that does not hide"
+            )
+        if any(param.grad is not None and param.grad.requires_grad for param in self.weights.values()):
+            raise TostError(
+                f"mask {self.method.kind}: expected gradients alone, got some with a graph (create_graph=True), along which "
+                f"second-order optimizers go back once all weights are in the network; use another mask or optimizer"
             )
         torch._foreach_add_(list(self.weights.values()), list(self._hidden().values()))
         self._revealed = True

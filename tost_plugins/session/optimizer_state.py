@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tost_plugins.session.trial import quiet, take_step, twin, wave
 
 
 def numbers(weight: Tensor, state: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -26,7 +27,8 @@ def numbers(weight: Tensor, state: Any, key: str = "") -> Iterator[tuple[str, Te
 
 def start_values(optimizer: Any, weight: nn.Parameter) -> dict[str, float]:
     """Key -> the number that an optimizer keeps for a weight which has never had a gradient: 0 for momentum, the learning rate
-    for Rprop's steps. A key is missing where its numbers do not stand for single weights, as in a rotated basis.
+    for Rprop's steps. A key is missing where its numbers do not stand for single weights, as in a rotated basis, or change
+    with time.
 
     It is tried out: an optimizer of the same kind and settings trains a small parameter half of whose gradients are 0.
 
@@ -38,27 +40,21 @@ def start_values(optimizer: Any, weight: nn.Parameter) -> dict[str, float]:
     shape = [
         min(side, 5 - 2 * (place % 2)) for place, side in enumerate(weight.shape)
     ]  # no square: it may mean something
-    settings = next(
-        {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        for group in optimizer.param_groups
-        if any(param is weight for param in group["params"])
-    )
-    wave = torch.linspace(1, 20, torch.Size(shape).numel()).sin().view(shape)
-    keep = torch.arange(wave.numel()).view(shape) % 2 == 0
+    numbers_of = wave([4 * torch.Size(shape).numel()], weight.dtype).view(4, *shape)
+    keep = torch.arange(numbers_of[0].numel()).view(shape) % 2 == 0
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            probe = nn.Parameter((wave * keep).to(weight.dtype))
-            needed = inspect.signature(type(optimizer)).parameters.values()
-            twin = type(optimizer)(
-                [{**settings, "params": [probe]}],
-                **{p.name: settings[p.name] for p in needed if p.default is p.empty and p.name in settings},
-            )
-            getattr(twin, "train", lambda: None)()  # schedule-free optimizers ask for it
-            for turn in range(3):
-                probe.grad = (wave.roll(turn) * keep).to(weight.dtype)
-                twin.step()
+        with quiet():
+            probe = nn.Parameter(numbers_of[0] * keep)
+            made = twin(optimizer, weight, probe)
+            found: list[dict[str, Tensor]] = []
+            for slope in numbers_of[1:]:
+                take_step(made, probe, slope * keep, keep)
                 probe.mul_(keep)
-            found = {key: value[~keep] for key, value in numbers(probe, twin.state.get(probe))}
+                found.append({key: value[~keep].clone() for key, value in numbers(probe, made.state.get(probe))})
     except Exception:  # somebody's class, made in another way
         return {}
-    return {key: idle[0].item() for key, idle in found.items() if idle.numel() and bool((idle == idle[0]).all())}
+    return {
+        key: idle[0].item()
+        for key, idle in found[-1].items()
+        if idle.numel() and bool((idle == idle[0]).all()) and torch.equal(idle, found[0].get(key, idle))
+    }

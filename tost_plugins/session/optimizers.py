@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from tost_plugins.errors import TostError
 from tost_plugins.session.optimizer_state import numbers, start_values
+from tost_plugins.session.steps import Steps, around, leaves, wrappers
 from tost_plugins.training.finite import all_finite, not_finite
 from tost_plugins.training.log import say
 from tost_plugins.training.params import some
 from tost_plugins.training.sharding import any_rank, local
 
-_STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # what torch puts around every step
-_STATE = "torch.distributed.checkpoint.state_dict"  # steps with zero gradients, to have the optimizer make its state
 _STEPS = ("step", "first_step", "second_step")  # of wrappers: the last two are those of SAM in its usual form
+_SWAPS = ("train", "eval")
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -35,9 +32,13 @@ class Optimizers:
 
     def __init__(self, given: Any, weights: Parameters) -> None:
         self.outer: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
-        self.inner: list[Any] = list(dict.fromkeys(leaf for each in self.outer for leaf in _leaves(each)))
+        self.inner: list[Any] = list(dict.fromkeys(leaf for each in self.outer for leaf in leaves(each)))
         self._starts: dict[tuple[int, int], dict[str, float]] = {}  # of their state, as far as they were looked for
         self._unknown: set[str] = set()  # those that cannot be told, already said
+        self._sits_out = False  # whether the step at hand is not to be taken
+        self._idle: list[Callable[[], None]] = []  # where nobody follows the steps: what makes them steps again
+        self._followed = False
+        self._exchanges: list[Callable[[], None]] = []  # what ends the care for them
         held = {id(param) for group in self.groups() for param in group["params"]}
         missing = [name for name, param in weights.items() if param.requires_grad and id(param) not in held]
         if missing:
@@ -48,16 +49,25 @@ class Optimizers:
             )
 
     def groups(self) -> Iterator[dict[str, Any]]:
-        """The parameter groups of them all."""
-        return (group for optimizer in self.inner for group in optimizer.param_groups)
+        """The parameter groups of them all, wrappers' own too: ZeroRedundancyOptimizer's inner one has one rank's parameters."""
+        holders = [*self.inner, *(wrapper for outer in self.outer for wrapper in wrappers(outer))]
+        found = {id(group): group for each in holders for group in getattr(each, "param_groups", ())}
+        return iter(found.values())
 
     def join(self, companions: Iterable[tuple[nn.Parameter, nn.Parameter]], model: nn.Module) -> None:
         """Put each added parameter into the group of the parameter beside it, where none of them has it, and its name where
-        an optimizer was made from named parameters."""
-        group_of = {id(param): group for group in self.groups() for param in group["params"]}
+        an optimizer was made from named parameters. Raises TostError where ranks have shared the parameters among them."""
+        companions = list(companions)
+        group_of = {id(param): group for each in self.inner for group in each.param_groups for param in group["params"]}
+        shared = {id(param) for group in self.groups() for param in group["params"]}
+        if not shared <= group_of.keys() and (late := [param for param, _ in companions if id(param) not in shared]):
+            raise TostError(
+                f"optimizer: expected one that is made after attach, since its ranks share the parameters among them, got one "
+                f"without the {len(late)} that attach has added; attach first, then make it"
+            )
         names = {id(param): name for name, param in model.named_parameters()}
         for param, beside in companions:
-            if id(param) not in group_of and id(beside) in group_of:
+            if id(param) not in shared and id(beside) in group_of:
                 group_of[id(beside)]["params"].append(param)
                 if "param_names" in group_of[id(beside)]:
                     group_of[id(beside)]["param_names"].append(names[id(param)])
@@ -82,11 +92,33 @@ class Optimizers:
         named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return not_finite(named) or ["the parts of other ranks"]
 
-    def drop_gradients(self) -> None:
-        """Make the step that follows change nothing: optimizers pass over parameters without a gradient."""
+    def sit_out(self) -> None:
+        """Make the step that follows change nothing: it is not taken; one that a loss scaler takes in a way of its own finds
+        no gradients, and optimizers pass over parameters without."""
         for group in self.groups():
             for param in group["params"]:
                 param.grad = None
+        if not self._sits_out and not self._followed:
+            self._idle = [around(each, "step", lambda step, *args, **kwargs: None) for each in self.inner]
+        self._sits_out = True
+
+    def come_back(self) -> None:
+        """The step that was to change nothing is over."""
+        for remove in self._idle:
+            remove()
+        self._idle, self._sits_out = [], False
+
+    def exchange(self, call: Callable[..., Any]) -> None:
+        """Have `call(swap)` stand in for what puts other weights into the network: `train` and `eval` of schedule-free ones."""
+        swap = [each for each in self.inner if all(callable(getattr(each, name, None)) for name in _SWAPS)]
+        self._exchanges += [around(each, name, call) for each in swap for name in _SWAPS]
+
+    def let_be(self) -> None:
+        """The session is over, or has other optimizers."""
+        for remove in self._exchanges:
+            remove()
+        self._exchanges = []
+        self.come_back()
 
     # ---- state
 
@@ -99,10 +131,12 @@ class Optimizers:
         """Give the entries `changed` of a weight the state that a new weight has; `idle` are entries that stay
         removed; both as bools over the part of the weight that this rank holds.
 
-        Where a start value cannot be found out, all idle entries hold the same number, and that is it; else what the
-        optimizer remembers is left, which is said once.
+        Where a start value cannot be found out (or changes with time, as VSGD's sums of nothing do), all idle entries hold
+        the same number, and that is it; else what the optimizer remembers is left, which is said once.
         """
         for optimizer in self.inner:
+            if isinstance(optimizer, torch.optim.LBFGS) and bool(changed.any()):
+                optimizer.state.clear()  # differences of gradients of a network that is another now
             for key, value in numbers(weight, optimizer.state.get(weight)):
                 starts = self._starts.setdefault((id(optimizer), weight.ndim), {})
                 if not starts:
@@ -129,143 +163,19 @@ class Optimizers:
         the inner step. Several optimizers make one step together. `skipped()` comes after a step that a fused optimizer has
         skipped by itself; those that gradient accumulation or a loss scaler leaves out need no care.
         """
-        steps = _Steps(self.inner, before, after, skipped)
+        steps = Steps(self.inner, before, after, skipped, lambda: self._sits_out)
+        self._followed = True
         removers = [remove for leaf in self.inner for remove in steps.watch(leaf)]
-        wrappers = [each for outer in self.outer for each in _wrappers(outer)]
         removers += [
-            _around(wrapper, name, steps.within)
-            for wrapper in dict.fromkeys(wrappers)
+            around(wrapper, name, steps.within)
+            for wrapper in dict.fromkeys(each for outer in self.outer for each in wrappers(outer))
             for name in _STEPS
             if callable(getattr(wrapper, name, None))
         ]
 
         def remove() -> None:
+            self._followed = False
             for each in removers:
                 each()
 
         return remove
-
-
-class _Steps:
-    """Which of the inner optimizers have stepped, and how many calls of wrappers are still going on."""
-
-    def __init__(self, inner: list[Any], before: Callable, after: Callable, skipped: Callable) -> None:
-        self.inner, self.before, self.after, self.skipped = inner, before, after, skipped
-        self.done: set[int] = set()
-        self.depth = 0
-
-    def watch(self, optimizer: Any) -> list[Callable[[], None]]:
-        """See an inner optimizer step; torch's own hooks are there if its class calls torch's constructor."""
-        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            return [_around(optimizer, "step", functools.partial(self._step, optimizer))]
-        return [
-            optimizer.register_step_pre_hook(self._begins).remove,
-            optimizer.register_step_post_hook(self._ends).remove,
-        ]
-
-    def within(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A wrapper's call, in which inner optimizers may step."""
-        self.depth += 1
-        try:
-            return step(*args, **kwargs)
-        finally:
-            self.depth -= 1
-            self._settle()
-
-    def _step(self, optimizer: Any, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = self._begins(optimizer, (optimizer, *args), kwargs) or ((optimizer, *args), kwargs)
-        result = step(*args[1:], **kwargs)
-        self._ends(optimizer, args, kwargs)
-        return result
-
-    def _begins(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        if _no_step(optimizer):
-            return None
-        # a fused optimizer gets scaled gradients, and skips by itself a step in which they overflow
-        check_finite = getattr(optimizer, "found_inf", None) is None
-        _, closure, *_ = *args, kwargs.get("closure"), None  # the optimizer itself comes first
-        if closure is None:
-            return self._ready(optimizer, check_finite)
-
-        def gradients() -> Any:
-            loss = closure()
-            self._ready(optimizer, check_finite)
-            return loss
-
-        return args[:1], {**kwargs, "closure": gradients}
-
-    def _ready(self, optimizer: Any, check_finite: bool) -> None:
-        if id(optimizer) in self.done and not self.depth:  # another one sits this step out
-            self.done.clear()
-            self.after()
-        if not self.done:
-            self.before(check_finite)
-
-    def _ends(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        if _no_step(optimizer):
-            return
-        if getattr(optimizer, "found_inf", None):
-            self.skipped()
-        else:
-            self.done.add(id(optimizer))
-            self._settle()
-
-    def _settle(self) -> None:
-        if not self.depth and len(self.done) == len(self.inner):
-            self.done.clear()
-            self.after()
-
-
-def _no_step(optimizer: Optimizer) -> bool:
-    """Whether this hook's step trains nothing by itself: a class whose step calls its parent's may have torch see two, and
-    `get_state_dict` and `set_state_dict` of torch.distributed.checkpoint take a step of an optimizer without state."""
-    frame, steps = sys._getframe(1), 0
-    while frame is not None:
-        if frame.f_globals.get("__name__") == _STATE:
-            return True
-        steps += frame.f_code is _STEP and frame.f_locals.get("self") is optimizer
-        frame = frame.f_back
-    return steps > 1
-
-
-def _around(holder: Any, name: str, call: Callable[..., Any]) -> Callable[[], None]:
-    """Have `call(method, ...)` stand in for a method of this one object; returns what puts it back."""
-    method, own = getattr(holder, name), vars(holder).get(name)
-
-    @functools.wraps(method)
-    def around(*args: Any, **kwargs: Any) -> Any:
-        return call(method, *args, **kwargs) if active else method(*args, **kwargs)
-
-    active = [True]
-    setattr(holder, name, around)
-
-    def remove() -> None:
-        active.clear()  # others, such as a schedule, may have put theirs on top
-        if vars(holder).get(name) is around:
-            delattr(holder, name) if own is None else setattr(holder, name, own)
-
-    return remove
-
-
-def _inside(optimizer: Any) -> list[Any]:
-    """The optimizers that another one holds, as SAM, Lookahead and Accelerate's do, alone or in a list."""
-    found = []
-    for value in getattr(optimizer, "__dict__", {}).values():
-        values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-        found += [each for each in values if isinstance(each, Optimizer) or _like_one(each)]
-    return [each for each in found if each is not optimizer]
-
-
-def _like_one(value: Any) -> bool:
-    """Whether it is an optimizer that is none of torch's classes."""
-    return hasattr(value, "param_groups") and hasattr(value, "state_dict") and callable(getattr(value, "step", None))
-
-
-def _leaves(optimizer: Any) -> list[Any]:
-    inside = _inside(optimizer)
-    return [leaf for each in inside for leaf in _leaves(each)] if inside else [optimizer]
-
-
-def _wrappers(optimizer: Any) -> list[Any]:
-    inside = _inside(optimizer)
-    return [optimizer, *(wrapper for each in inside for wrapper in _wrappers(each))] if inside else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from tost_plugins.session.optimizers import Optimizers
 from tost_plugins.session.places import Places
 from tost_plugins.session.saved_clock import SavedClock
 from tost_plugins.session.start import begin, impose, say_begun, say_resumed
+from tost_plugins.session.whole_tensors import say_what_counts
 from tost_plugins.training import sharding
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.params import prunable
@@ -63,6 +64,9 @@ class Run:
         weights = self.take_mask(optimizers, fresh)
         if not resumes:
             say_begun(self.recipe, self.given_mask, weights, self.tweaks)
+        if optimizers is not None and (not weights.wants_dense() or getattr(self.recipe.mask, "freeze", None)):
+            kept = {weights.weights[name]: sharding.local(kept) for name, kept in weights.kept.items()}
+            say_what_counts(optimizers, kept, isinstance(self.recipe.mask, Moving) and self.recipe.mask.takes_step)
         self._look()
 
     def look(self, where: str) -> None:
@@ -91,11 +95,17 @@ class Run:
         self._tick()
         self._look()
 
-    def end(self) -> tuple[Mask, dict[str, float]]:
+    def exchange(self, swap: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """While an optimizer puts other weights into the network."""
+        return swap(*args, **kwargs) if self.weights is None else self.weights.exchange(swap, *args, **kwargs)
+
+    def end(self, optimizers: Optimizers | None) -> tuple[Mask, dict[str, float]]:
         """The last look: the mask, and what it had to say of its moves; its buffers may go now."""
         checks.over(self.recipe.mask, self.tweaks.at_work(), self.clock, self.saved.gone_back)
         assert self.weights is not None
         mask = self.weights.mask
+        if isinstance(self.weights, MovingWeights) and self.weights.hides:  # what trained out of sight is gone
+            self.weights.forget(optimizers)
         if self._watcher is not None:
             self._watcher.finish(mask, self.clock)
         return mask, self.weights.metrics()

@@ -137,13 +137,18 @@ class Session(Loops):
 
     def adopt(self, optimizer: Any) -> None:
         """Train with this optimizer; ghosts that it lacks join their convolutions' groups. `start` does the same."""
+        if self.optimizers is not None:
+            self.optimizers.let_be()
         self.optimizers = Optimizers(optimizer, self.run.params)
         self.optimizers.join(self.tweaks.companions(), self.model)
+        self.optimizers.exchange(self.run.exchange)
 
     def before_step(self, check_finite: bool = True) -> None:
         """With gradients final and unscaled: mask them, or move the mask in place of the step. Raises TostError on NaN
         or Inf, before any weight changes; `check_finite=False` is for loss scalers, which skip such a step themselves."""
         self._expect("before_step")
+        if self.optimizers is not None:
+            self.optimizers.come_back()
         if self.state == "running":
             self.run.look(f"step {self.clock.step}")
             self.smoothing.check()
@@ -157,6 +162,8 @@ class Session(Loops):
         `step` is the number of finished optimizer steps as the trainer counts them; None counts one more.
         """
         self._expect("after_step")
+        if self.optimizers is not None:
+            self.optimizers.come_back()
         if self.state == "running":
             self.smoothing.check()  # with a closure there is no moment before the step
             self.run.step(step, self.optimizers)
@@ -188,9 +195,10 @@ class Session(Loops):
         ran, mask, moved = self.state == "running", None, {}
         if ran:
             self.run.look("finish")
-            mask, moved = self.run.end()
+            mask, moved = self.run.end(self.optimizers)
         sharding.reshard(self.model)
         if self.optimizers is not None:
+            self.optimizers.let_be()
             self.optimizers.leave(param for param, _ in self.tweaks.companions())
         self.tweaks.detach()
         self.compaction.detach()
