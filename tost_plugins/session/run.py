@@ -18,6 +18,7 @@ from tost_plugins.session.optimizers import Optimizers
 from tost_plugins.session.places import Places
 from tost_plugins.session.saved_clock import SavedClock
 from tost_plugins.session.start import begin, impose, say_begun, say_resumed
+from tost_plugins.session.wiring import Wiring
 from tost_plugins.training import sharding
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.params import prunable
@@ -31,6 +32,7 @@ class Run:
         self.model, self.recipe, self.given_mask, self.tweaks = model, recipe, given_mask, tweaks
         self.clock, self.saved = Clock(), SavedClock(model)
         self.weights: MaskedWeights | None = None
+        self.wiring = Wiring()
         self.layers: tuple[str, ...] | None = None  # what has masks, from attach on
         self._places: Places | None = None
         self._watcher: Any = None  # what the recipe's `watch` makes
@@ -49,13 +51,17 @@ class Run:
         if resumes:
             say_resumed(self.recipe, self.given_mask, buffers.read_clock(self.model), clock, self._saved_mask())
             fresh = impose(self.model, self.recipe.mask, self.given_mask, self.params)
+            with sharding.unsharded(self.model), self.tweaks.quiet():
+                self.wiring.follow(replace(task, params=self.params))
+            self.wiring.take(self._saved_mask(), "the checkpoint's mask", loaded=True)
         else:
             fresh = True
             with sharding.unsharded(self.model):
-                begin(replace(task, params=self.params), self.recipe, self.given_mask, self.tweaks, clock)
+                whole = replace(task, params=self.params)
+                begin(whole, self.recipe, self.given_mask, self.tweaks, clock, self.wiring)
         weights = self.take_mask(optimizers, fresh)
         if not resumes:
-            say_begun(self.recipe, self.given_mask, weights, self.tweaks)
+            say_begun(self.recipe, self.given_mask, weights, self.tweaks, self.wiring.known)
         self._look()
 
     def look(self, where: str) -> None:
@@ -73,6 +79,7 @@ class Run:
                 )
             self._set(self.saved.load(self.clock))
             impose(self.model, self.recipe.mask, self.given_mask, self.params)
+            self.wiring.take(self._saved_mask(), "the checkpoint's mask", loaded=True)
             self.take_mask()
 
     def step(self, step: int | None, optimizers: Optimizers | None) -> None:
@@ -89,6 +96,7 @@ class Run:
         checks.over(self.recipe.mask, self.tweaks.at_work(), self.clock, self.saved.gone_back)
         assert self.weights is not None
         mask = self.weights.mask
+        self.wiring.look(mask)
         if self._watcher is not None:
             self._watcher.finish(mask, self.clock)
         return mask, self.weights.metrics()
@@ -97,7 +105,7 @@ class Run:
         """Take the mask from the model's buffers, and bring all else in line with it."""
         params, method = self.params, self.recipe.mask
         if isinstance(method, Moving):
-            weights = self._keep(MovingWeights(self.model, params, method, self.recipe.seed))
+            weights = self._keep(MovingWeights(self.model, params, method, self.recipe.seed, self.wiring))
         else:
             weights = self._keep(MaskedWeights(params, buffers.beside(self.model, params)))
         weights.begin(self.clock, optimizers, fresh)

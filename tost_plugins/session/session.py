@@ -260,12 +260,18 @@ class Session:
         return self.state in ("new", "finished") or not self.tweaks.at_work()
 
     def report(self, rows: bool = True) -> Report:
-        """Sparsity and parameter counts, per layer with `rows`; raises TostError before `start`."""
-        return report(self.weights, self.tweaks, rows)
+        """Sparsity, live weights and parameter counts, per layer with `rows`; raises TostError before `start`."""
+        wiring = self.run.wiring
+        return report(self.weights, self.tweaks, rows, wiring.look(self.mask) if rows else wiring.known)
 
     def metrics(self) -> dict[str, float]:
-        """What every adapter logs: sparsity, alpha, beta, and the number of active parameters, ghosts included."""
-        return self.report(rows=False).metrics() | self.weights.metrics() | self.tweaks.metrics()
+        """What every adapter logs: sparsity, live weights, alpha, beta, the number of active parameters, ghosts included."""
+        found = (
+            None if self.weights.restless else self.run.wiring.known
+        )  # else a resumed run would say more than another
+        return (
+            report(self.weights, self.tweaks, False, found).metrics() | self.weights.metrics() | self.tweaks.metrics()
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives only: the recipe, the state and the clock. Masks, alpha and beta are buffers of the model."""

@@ -20,8 +20,8 @@ class Auto:
     """The model's own zeros where over half of its prunable weights are exactly 0, else SynFlow.
 
     Fields: `sparsity`, that of the SynFlow mask, 0.9 if not given; when it is given the model's zeros are not looked
-    at. `on_collapse`: SynFlow empties the 1x1 shortcuts of many networks; by default such a layer keeps its best
-    weight, and a warning says so. Which of the two it was is logged in one line.
+    at. `on_collapse`, for layers that lose everything (SynFlow empties the 1x1 shortcuts of many networks).
+    Which of the two it was is logged in one line.
 
     Paper: none. Differs from the paper: this choice is ours.
 
@@ -33,7 +33,7 @@ class Auto:
     kind: Literal["auto"] = "auto"
     sparsity: Sparsity | None = None
     ignore: tuple[str, ...] = ()
-    on_collapse: OnCollapse = "keep_one"
+    on_collapse: OnCollapse = "error"
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """The model's zeros, or SynFlow's mask; raises TostError where SynFlow does."""
