@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 
@@ -77,7 +78,10 @@ class Wiring:
 
     def _may(self, may: bool, why: str = "") -> bool:
         if not may and not self._refused:
-            say(f"mask: a move is left out, and the mask before it stays, since the new one would leave {why}")
+            say(
+                f"mask: a move is left out, and the mask before it stays, since the new one would leave {why}",
+                logging.WARNING,
+            )
         self._refused = not may
         return may
 
