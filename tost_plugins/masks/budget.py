@@ -88,12 +88,12 @@ class _Search:
         while live < _CLOSE * count:
             number, found = self.most(held, count, self.place, _CLOSE)
             more = int(count_true(found))
-            if live >= more > 0 or number == len(self.order):
-                break
             if more > live:
                 best, live = found, more
+            elif live:
+                break
             links += 1
-            if links > count:
+            if number == len(self.order) or links > count:
                 break
             held = held.clone()
             held[self.order[number]] = True

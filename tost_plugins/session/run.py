@@ -53,7 +53,7 @@ class Run:
             fresh = impose(self.model, self.recipe.mask, self.given_mask, self.params)
             with sharding.unsharded(self.model), self.tweaks.quiet():
                 self.wiring.follow(replace(task, params=self.params))
-            self.wiring.take(self._saved_mask(), "the checkpoint's mask", loaded=True)
+            self._take_saved()
         else:
             fresh = True
             with sharding.unsharded(self.model):
@@ -79,7 +79,7 @@ class Run:
                 )
             self._set(self.saved.load(self.clock))
             impose(self.model, self.recipe.mask, self.given_mask, self.params)
-            self.wiring.take(self._saved_mask(), "the checkpoint's mask", loaded=True)
+            self._take_saved()
             self.take_mask()
 
     def step(self, step: int | None, optimizers: Optimizers | None) -> None:
@@ -124,6 +124,11 @@ class Run:
             weights.follow()
         self.tweaks.count()
         return weights
+
+    def _take_saved(self) -> None:
+        """See that the mask of a checkpoint connects, or the given one that replaces it."""
+        given = self.given_mask is not None and not isinstance(self.recipe.mask, Moving)
+        self.wiring.take(self._saved_mask(), "the given mask" if given else "the checkpoint's mask", loaded=True)
 
     def _saved_mask(self) -> Mask:
         return Mask(buffers.beside(self.model, self.params))

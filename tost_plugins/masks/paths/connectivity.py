@@ -171,14 +171,14 @@ def _row(name: str, mask: Tensor, live: Tensor, calls: list[tuple[Tensor, Tensor
 
 def _channels(parts: tuple[Tensor, ...], dim: int) -> Tensor:
     """Per channel, whether any number of it is not 0, at any of the calls."""
-    found = [part.detach().movedim(dim, 0).flatten(1).sum(1) > 0 for part in parts]
+    found = [part.detach().movedim(dim, 0).reshape(part.shape[dim], -1).sum(1) > 0 for part in parts]
     return torch.stack(found).any(0)
 
 
 def _followed(task: Task) -> Tape:
     problem: BaseException | None = None
     with untouched(task.model, task.batches, train=False):
-        weights = {name: weight.detach() for name, weight in task.weights().items()}
+        weights = {clean_name(name): param.detach().clone() for name, param in task.model.named_parameters()}
         for batch in _samples(task):
             try:
                 return _tape(task, weights, batch)
