@@ -14,9 +14,10 @@ from command import tost
 from safetensors.torch import load_file
 from torch.nn.utils import prune
 
-from tost_plugins import Mask, TostError
+from tost_plugins import Mask, TostError, masks
 from tost_plugins.lab import models
 from tost_plugins.recipe.recipe import shipped
+from tost_plugins.training.params import prunable
 
 pytest.importorskip("sklearn")
 
@@ -89,6 +90,38 @@ def test_mask_convert_and_inspect_read_a_pruning_state_dict(tmp_path: Path) -> N
     tost("mask", "convert", tmp_path / "pruned.pt", tmp_path / "m.safetensors")
     assert Mask.load(tmp_path / "m.safetensors").kept == 8
     assert "8 of 24" in tost("mask", "inspect", tmp_path / "m.safetensors")
+
+
+def test_mask_inspect_shows_what_a_mask_connects(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    net = models.build("cifar/resnet8", 10)
+    mask = Mask.dense(prunable(net))
+    mask = Mask({**mask, "stage3.0.conv2.weight": torch.zeros_like(mask["stage3.0.conv2.weight"])})
+    mask.save(tmp_path / "m.safetensors")
+    args = ("mask", "inspect", tmp_path / "m.safetensors", "--model", "cifar/resnet8")
+    found = json.loads(tost(*args, "--json"))
+    rows = {row["layer"]: row for row in found["layers"]}
+    lost = rows["stage3.0.conv1.weight"]  # nobody reads the branch that ends in the empty layer
+    assert (lost["kept"], lost["live"], lost["channels"], lost["dead_channels"], lost["unread"]) == (
+        18432,
+        0,
+        64,
+        64,
+        64,
+    )
+    assert (
+        found["connected"]
+        and found["live"] == found["kept"] - 18432 == masks.live(net, mask, torch.ones(1, 3, 32, 32)).kept
+    )
+    assert found["effective_sparsity"] == pytest.approx(1 - found["live"] / found["size"])
+    assert "live, effective sparsity" in " ".join(tost(*args, "--picture", tmp_path / "p.png").split())
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    net = models.build("cifar/resnet8", 10, in_channels=1)
+    Mask.dense(prunable(net)).save(tmp_path / "d.safetensors")
+    digits = json.loads(tost("mask", "inspect", tmp_path / "d.safetensors", "--recipe", "quickstart", "--json"))
+    assert digits["connected"] and digits["live"] <= digits["kept"] == sum(
+        param.numel() for param in prunable(net).values()
+    )
 
 
 def test_recipes_list_show_schema() -> None:

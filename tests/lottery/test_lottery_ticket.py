@@ -119,8 +119,10 @@ def test_global_compares_layers_and_uniform_takes_the_same_share_of_each(
     dense = Mask.dense(SMALL_AND_LARGE)
     mask = LotteryTicket(sparsity=0.5, **settings).next(dense, SMALL_AND_LARGE, 0.5)
     assert (mask["small"].tolist(), mask["large"].tolist()) == (small, large)
-    with pytest.raises(TostError, match=r"got none in small; .* allocation: uniform, or on_collapse: keep_one"):
-        LotteryTicket(sparsity=0.5).next(dense, SMALL_AND_LARGE, 0.5)
+    empty = LotteryTicket(sparsity=0.5).next(
+        dense, SMALL_AND_LARGE, 0.5
+    )  # whether it connects is seen by who trains with it
+    assert (int(empty["small"].sum()), int(empty["large"].sum())) == (0, 4)
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
@@ -630,7 +632,8 @@ def test_recipes_that_do_not_fit(tmp_path: Path) -> None:
         lottery(recipe(mask={**TICKET, "rewind": "2ep"}), tmp_path)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(
-        TostError, match=r"round 1: expected at least one weight in every layer, got none in .*; set a lower"
+        TostError,
+        match=r"round 1: the given mask: expected a path of kept weights from the inputs to the outputs, got none: the last",
     ):
         lottery(recipe(mask={**TICKET, "sparsity": 0.9995, "prune": 0.9999}, duration="3ba"), tmp_path)
     assert len((tmp_path / "lottery.csv").read_text().splitlines()) == 2

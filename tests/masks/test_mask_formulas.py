@@ -12,7 +12,7 @@ from mask_nets import Pictures, batches, net
 from torch import Tensor, nn
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks import find
+from tost_plugins.masks import MASKS, find, search
 from tost_plugins.masks.balanced import balanced
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods.grasp import Grasp
@@ -60,7 +60,8 @@ def test_magnitude_is_a_sort_of_magnitudes() -> None:
 
 def test_random_draws_every_weight_alike() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
-    total = sum(find(model, "random", 0.75, seed=seed, allocation="uniform")["0.weight"].int() for seed in range(800))
+    task, method = Task.of(model), MASKS["random"](sparsity=0.75, allocation="uniform")  # connected or not
+    total = sum(search(method, task, seed)["0.weight"].int() for seed in range(800))
     # 800 draws of 5 of 20: 200 expected for each weight, with a standard deviation of 12.2.
     assert int(total.sum()) == 800 * 5
     assert bool(((total - 200).abs() < 60).all())
@@ -333,6 +334,14 @@ def test_synflow_is_its_algorithm(sparsity: float, rounds: int) -> None:
     assert all(torch.equal(mask, expected[name.removeprefix("body.")]) for name, mask in found.items())
 
 
+def test_synflow_is_its_algorithm_where_it_empties_shortcuts() -> None:
+    torch.manual_seed(0)
+    model = pytest.importorskip("torchvision.models").resnet18(num_classes=10)
+    expected = plain_synflow(model, 0.98, 6, (3, 32, 32))
+    assert [name for name, kept in expected.items() if not kept.any()] != []
+    assert find(model, "synflow", 0.98, rounds=6, input_shape=(3, 32, 32)) == expected
+
+
 def test_synflow_does_not_look_at_values() -> None:
     model = net()
     nan = [(torch.full_like(x, float("nan")), y) for x, y in batches()]
@@ -343,7 +352,7 @@ def test_synflow_does_not_lose_a_layer_where_one_shot_does() -> None:
     torch.manual_seed(0)
     layers = [nn.Linear(20, 200), nn.Linear(200, 200), nn.Linear(200, 5)]
     model = nn.Sequential(*[layer for pair in zip(layers, [nn.ReLU()] * 3, strict=True) for layer in pair])
-    with pytest.raises(TostError, match="expected at least one weight in every layer"):
+    with pytest.raises(TostError, match=r"expected a path of kept weights .* without any weight: 0.weight, 2.weight"):
         find(model, "synflow", 0.999, rounds=1)
     assert find(model, "synflow", 0.999, rounds=100).kept == 45
 

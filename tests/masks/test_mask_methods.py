@@ -28,10 +28,11 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from tost_plugins import masks
 from tost_plugins.errors import TostError
-from tost_plugins.masks import MASKS, Mask, find, run
+from tost_plugins.masks import MASKS, Mask, find, run, search
 from tost_plugins.masks.methods.magnitude import Magnitude
 from tost_plugins.masks.methods.snip import Snip
 from tost_plugins.training.params import prunable
+from tost_plugins.training.task import Task
 
 NAMES = ["0.weight", "3.weight", "8.weight"]
 DATA_DRIVEN = ["snip", "grasp"]
@@ -71,7 +72,7 @@ def test_the_kept_count_is_exact(kind: str, allocation: str, tmp_path: Path) -> 
     size = sum(param.numel() for param in prunable(model).values())
     for sparsity in (0, 0.1, 1 / 3, 0.5, 0.77, 0.9, 0.95):
         made = method(kind, tmp_path, model, sparsity=sparsity, allocation=allocation, on_collapse="keep_one")
-        assert find_(model, made).kept == round((1 - sparsity) * size)
+        assert search(made, Task.of(model, batches=batches()), 0).kept == round((1 - sparsity) * size)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -445,14 +446,18 @@ def test_a_loss_that_cannot_be_differentiated(kind: str, loss_fn: object, messag
 
 
 @pytest.mark.parametrize("kind", [kind for kind in WITH_SPARSITY if kind != "auto"])
-def test_a_collapsed_layer_is_an_error_or_keeps_one(kind: str) -> None:
+def test_a_collapsed_network_is_an_error_and_an_empty_layer_may_keep_one(kind: str, tmp_path: Path) -> None:
     layers = {"0.weight": 0.1, "*": 0.99999}
     size = 216 + 72 + 288
     sparsity = 1 - round(0.9 * 216) / size
     begin = {"initial": sparsity} if kind == "gradual" else {}
-    with pytest.raises(TostError, match=rf"masks\.find\({kind}\): expected .* got none in 3\.weight, 8\.weight;"):
+    with pytest.raises(
+        TostError, match=rf"masks\.find\({kind}\): expected a path .* without any weight: 3\.weight, 8\.weight\)"
+    ):
         find_(net(), kind, sparsity, allocation=layers, **begin)
-    mask = find_(net(), kind, sparsity, allocation=layers, on_collapse="keep_one", **begin)
+    model = net()
+    made = method(kind, tmp_path, model, sparsity=sparsity, allocation=layers, on_collapse="keep_one", **begin)
+    mask = search(made, Task.of(model, batches=batches()), 0)
     assert [int(m.sum()) for m in mask.values()] == [192, 1, 1]
 
 
@@ -467,12 +472,14 @@ def test_a_dense_file_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert "it keeps every weight; is it a dense checkpoint?" in caplog.text
 
 
-def test_from_zeros_and_file_refuse_an_empty_layer(tmp_path: Path) -> None:
+def test_from_zeros_and_file_refuse_an_empty_last_layer(tmp_path: Path) -> None:
     model = zeroed(net())
     model[8].weight.data.zero_()
     for kind in ("from_zeros", "file"):
-        with pytest.raises(TostError, match=r"got none in 8\.weight; add these layers to `ignore`"):
-            find(model, method(kind, tmp_path, model))
+        with pytest.raises(
+            TostError, match=r"got none: the last one ends at 8\.weight \(layers without any weight: 8\.weight"
+        ):
+            find_(model, method(kind, tmp_path, model))
         kept = find(model, method(kind, tmp_path, model, on_collapse="keep_one"))["8.weight"]
         assert int(kept.sum()) == 1
 

@@ -530,14 +530,33 @@ def test_counts_by_hand() -> None:
     assert (report.sparsity, report.layers) == (0.5, 3)
     assert (report.active_parameters, report.ghost_parameters, report.total_parameters) == (140, 24, 234)
     assert report.rows == [
-        {"layer": "0.weight", "shape": [4, 1, 3, 3], "kept": 18, "density": 0.5},
-        {"layer": "3.weight", "shape": [4, 4, 3, 3], "kept": 72, "density": 0.5},
-        {"layer": "7.weight", "shape": [2, 4], "kept": 4, "density": 0.5},
+        {
+            "layer": "0.weight",
+            "shape": [4, 1, 3, 3],
+            "kept": 18,
+            "density": 0.5,
+            "live": 18,
+            "channels": 4,
+            "dead_channels": 0,
+        },
+        {
+            "layer": "3.weight",
+            "shape": [4, 4, 3, 3],
+            "kept": 72,
+            "density": 0.5,
+            "live": 51,
+            "channels": 4,
+            "dead_channels": 1,
+        },
+        {"layer": "7.weight", "shape": [2, 4], "kept": 4, "density": 0.5, "live": 4, "channels": 2, "dead_channels": 0},
     ]
-    assert str(report) == "sparsity 0.5000 over 3 layers, 140 active parameters (24 of them ghosts) of 234"
+    assert (report.live, report.effective_sparsity) == (73, 1 - 73 / 188)  # nobody reads one channel
+    idle = "(effective 0.6117: of the kept weights 0.7766 are live)"
+    assert str(report) == f"sparsity 0.5000 {idle} over 3 layers, 140 active parameters (24 of them ghosts) of 234"
     metrics = session.metrics()
     assert metrics == {
         "tost/sparsity": 0.5,
+        "tost/live": 73.0,
         "tost/active_parameters": 140.0,
         "tost/ghost_parameters": 24.0,
         "tost/ghost_skip/alpha": 1.0,
@@ -549,7 +568,7 @@ def test_counts_by_hand() -> None:
     session.after_step(step=TOTAL)
     final = session.finish()
     assert (final.active_parameters, final.ghost_parameters, final.total_parameters) == (116, 0, 210)
-    assert str(final) == "sparsity 0.5000 over 3 layers, 116 active parameters of 210"
+    assert str(final) == f"sparsity 0.5000 {idle} over 3 layers, 116 active parameters of 210"
     assert session.metrics()["tost/active_parameters"] == 116
 
 
@@ -839,7 +858,7 @@ STARTS: list[tuple[str, dict[str, Any], Any, dict[str, Any], str]] = [
     ("init without batches", {"tweaks": [{"kind": "rescaled_init", "iterations": 1}]}, None, {}, "rescaled_init: expected"),
     ("a missing layer", {}, None, {"3_weight": None}, "mask: expected a layer 3.weight, got none; add it"),
     ("a misshapen layer", {}, None, {"7_weight": torch.ones(4, 2)}, r"expected shape \(2, 4\) for 7.weight, got \(4, 2\)"),
-    ("an empty layer", {}, None, {"7_weight": torch.zeros(2, 4)}, "at least one weight in every layer, got none in 7.weight"),
+    ("an empty layer", {}, None, {"7_weight": torch.zeros(2, 4)}, "the given mask: expected a path .* ends at 7.weight"),
     ("epochs of unknown length", {"tweaks": [{"kind": "ghost_skip", "until": "2ep"}]}, None, {}, "ghost_skip.until: time '2ep'"),
 ]  # fmt: skip
 

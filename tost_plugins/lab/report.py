@@ -61,7 +61,7 @@ def comparison_figure(result: Mapping[str, Any], path: str | Path) -> None:
     _schedules(lower, next(run for run in runs if run["variant"] == "tost")["curves"])
     for axes in (upper, lower):
         _lighten(axes)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _schedules(axes: Any, curves: Sequence[Mapping[str, float]]) -> None:
@@ -155,10 +155,11 @@ def study_figure(rows: Sequence[Mapping[str, Any]], plot: Plot, title: str, subt
         handles, labels = figure.axes[0].get_legend_handles_labels()
         across = min(len(handles), 2 * across)
         figure.legend(handles, labels, loc="outside lower center", ncols=across, frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure, as the kind of picture that its name ends with."""
     with replacing(Path(path)) as temporary:
         figure.savefig(temporary, dpi=150, format=Path(path).suffix.removeprefix(".") or "png")
 

@@ -165,7 +165,8 @@ def _conclude(job: Job, session: Session) -> dict[str, Any]:
     result = {
         "name": recipe.name, "model": recipe.model, "trainer": recipe.trainer, "mask": recipe.mask.kind,
         "tweaks": [tweak.kind for tweak in session.tweaks], "left_out": session.left_out, "seed": recipe.seed,
-        "test_accuracy": accuracy, "sparsity": report.sparsity, "active_parameters": report.active_parameters,
+        "test_accuracy": accuracy, "sparsity": report.sparsity,
+        "live": report.live, "effective_sparsity": report.effective_sparsity, "active_parameters": report.active_parameters,
         "total_parameters": report.total_parameters, "history": job.history, "curves": job.curves,
     }  # fmt: skip
     write(job.out / "result.json", json.dumps(result, indent=1))

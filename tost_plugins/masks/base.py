@@ -33,8 +33,12 @@ Sparsity = Annotated[
 #: glob -> sparsity of those layers (the rest share what is left, evenly).
 Allocation = Literal["global", "uniform", "er", "erk"] | dict[str, Sparsity]
 
-#: What to do when a layer loses all its weights: stop, or keep its best weight and say so.
+#: What to do when layers lose all their weights: nothing while the others connect inputs and outputs, an error where they do
+#: not; or to keep the best weight of such a layer and say so.
 OnCollapse = Literal["error", "keep_one"]
+
+#: Which weights the sparsity counts: all that are kept, or only those on a path from the inputs to the outputs.
+Budget = Literal["kept", "live"]
 
 
 class MaskMethod(Protocol):

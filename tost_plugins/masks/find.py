@@ -10,12 +10,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tost_plugins.errors import TostError, from_pydantic, unknown
+from tost_plugins.masks import connected
 from tost_plugins.masks.base import MaskMethod
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods import MASKS
 from tost_plugins.training import ranks
 from tost_plugins.training.calling import call
 from tost_plugins.training.params import prunable, unwrap
+from tost_plugins.training.reading import reading
 from tost_plugins.training.task import Task
 
 
@@ -64,6 +66,14 @@ def find(
 
 
 def run(method: MaskMethod, task: Task, seed: int) -> Mask:
+    """What `search` finds, checked: raises TostError also where no path of it leads from the inputs to the outputs."""
+    with reading(task.batches, task.device):  # once, for both
+        mask = search(method, task, seed)
+        connected.check(mask, connected.followed(task))
+    return mask
+
+
+def search(method: MaskMethod, task: Task, seed: int) -> Mask:
     """The method's mask for this task, the same on every rank: rank 0's. Randomness comes from `seed`
     alone.
 

@@ -36,8 +36,9 @@ def top_mask(
 
     Over all layers for the allocation "global", within each layer's count for the others (see `allocate`).
     Ties go to the lower index, layers in their order, so the count is exact; a warning says where scores of 0 are decided
-    so. Raises TostError on a score that is not finite, and on a layer that loses every weight unless `on_collapse` is
-    "keep_one": then such a layer keeps its best weight in place of the worst kept one elsewhere, and a warning says so.
+    so. A layer may lose every weight, unless `on_collapse` is "keep_one": then it keeps its best weight in place of the worst
+    kept one elsewhere, and a warning says so. Raises TostError on a score that is not finite. Whether what stays connects the
+    inputs with the outputs is looked at when the mask is found (`connected.check`).
 
     Example:
         >>> mask = top_mask({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 2.0])}, sparsity=0.5)
@@ -58,6 +59,13 @@ def counts(tensors: Mapping[str, Tensor], sparsity: float, allocation: Allocatio
     if shares is None:
         return kept_count(sparsity, sum(tensor.numel() for tensor in tensors.values()))
     return shares
+
+
+def check_finite(flat: Tensor, like: Mapping[str, Tensor]) -> None:
+    """Raise TostError, with the layer, on a score that is not finite."""
+    if not all_finite([flat]):
+        name = not_finite(split(flat, like))[0]
+        raise TostError(f"expected finite scores, got NaN or infinity in {name}; check the weights and the batches")
 
 
 def dense_layers(tensors: Mapping[str, Tensor], count: Mapping[str, int] | int) -> list[str]:
@@ -81,19 +89,12 @@ def choose(
     """What `top_mask` does, on a row of scores for the tensors `like`: True where a weight stays, and the layers
     which "keep_one" had to help, at the cost of others than the `dense` ones."""
     scores = split(flat, like)
-    if not all_finite([flat]):
-        name = not_finite(scores)[0]
-        raise TostError(f"expected finite scores, got NaN or infinity in {name}; check the weights and the batches")
+    check_finite(flat, like)
     if isinstance(count, int):
         kept = top_k(flat, count)
     else:
         kept = torch.cat([top_k(score.flatten(), count[name]) for name, score in scores.items()])
-    lost = _empty(split(kept, like))
-    if lost and on_collapse == "error":
-        raise TostError(
-            f"expected at least one weight in every layer, got none in {some(lost, 20)}; "
-            f"set a lower sparsity, allocation: erk, or on_collapse: keep_one"
-        )
+    lost = empty(split(kept, like)) if on_collapse == "keep_one" else []
     return _keep_one(scores, flat, kept, dense) if lost else kept, lost
 
 
@@ -117,14 +118,8 @@ def drop_and_grow(kept: Tensor, size: Tensor, wish: Tensor, count: int) -> Tenso
 
 
 def revive(mask: Mask, weights: Mapping[str, Tensor], on_collapse: OnCollapse) -> Mask:
-    """A mask that was found elsewhere, checked: a layer without weights is an error, or keeps its best."""
-    lost = _empty(mask)
-    if lost and on_collapse == "error":
-        raise TostError(
-            f"expected at least one weight in every layer, got none in {some(lost, 20)}; "
-            f"add these layers to `ignore` if they are to be dense, "
-            f"use another mask, or set on_collapse: keep_one"
-        )
+    """A mask that was found elsewhere; with "keep_one" a layer without weights keeps its largest."""
+    lost = empty(mask) if on_collapse == "keep_one" else []
     tell(lost)
     sizes = {name: wide(whole(weights[name].detach())).abs() for name in lost}
     found = {name: top_k(size.flatten(), 1).view(size.shape) for name, size in sizes.items()}
@@ -162,7 +157,8 @@ def tell_ties(names: Sequence[str]) -> None:
         )
 
 
-def _empty(masks: Mapping[str, Tensor]) -> list[str]:
+def empty(masks: Mapping[str, Tensor]) -> list[str]:
+    """The layers of which no weight is kept."""
     return [name for name, mask in masks.items() if mask.numel() and not bool(mask.any())]
 
 

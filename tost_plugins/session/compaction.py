@@ -9,14 +9,11 @@ from torch import Tensor, nn
 
 from tost_plugins.channels import slices
 from tost_plugins.channels.plan import plan
-from tost_plugins.errors import TostError
 from tost_plugins.masks.base import MaskMethod, Moving
 from tost_plugins.masks.mask import Mask
-from tost_plugins.masks.paths.connectivity import Paths
-from tost_plugins.session.active_tweaks import ActiveTweaks
+from tost_plugins.session.wiring import Wiring
 from tost_plugins.training import sharding
 from tost_plugins.training.log import say
-from tost_plugins.training.task import Task
 
 
 class Compaction:
@@ -25,9 +22,8 @@ class Compaction:
     A run trains with the live part of its mask then: nothing that is left out can come back to life.
     """
 
-    def __init__(self, model: nn.Module, asked: bool, method: MaskMethod) -> None:
-        self.model, self.asked, self.method = model, asked, method
-        self._paths: Paths | None = None
+    def __init__(self, model: nn.Module, asked: bool, method: MaskMethod, wiring: Wiring) -> None:
+        self.model, self.asked, self.method, self.wiring = model, asked, method, wiring
         self._planned: Mapping[str, Tensor] | None = None
 
     @contextlib.contextmanager
@@ -45,36 +41,34 @@ class Compaction:
         if self.asked:
             slices.add_to_ghosts(self.model)
 
-    def follow(self, task: Task, tweaks: ActiveTweaks) -> None:
-        """Follow the network's forward pass, with all channels and without tweaks."""
-        if not self.asked or self._paths is not None:
-            return
-        if any(map(sharding.is_part, task.params.values())):
-            self._give_up(tweaks.left_out, "weights are kept in parts")
-            return
-        try:
-            with tweaks.quiet():
-                self._paths = Paths(task)
-        except TostError as error:
-            self._give_up(tweaks.left_out, str(error))
+    def check(self, params: Mapping[str, nn.Parameter], left_out: list[str]) -> None:
+        """Before the mask is there: weights in parts cannot be sliced."""
+        if self.asked and any(map(sharding.is_part, params.values())):
+            self._give_up(left_out, "weights are kept in parts")
 
     def live(self, mask: Mask) -> Mask:
         """What of a mask the run trains with."""
-        if not self.asked or self._paths is None:
+        found = self.wiring.look(mask) if self.asked else None
+        if found is None:
             return mask
-        found = self._paths.connectivity(mask).live
-        if found.kept < mask.kept:
-            say(f"compact: {mask.kept - found.kept:,} of {mask.kept:,} kept weights lie on no path and are removed")
-        return found
+        if found.live.kept < mask.kept:
+            say(
+                f"compact: {mask.kept - found.live.kept:,} of {mask.kept:,} kept weights lie on no path and are removed"
+            )
+            self.wiring.moved(found.live)
+        return found.live
 
-    def plan(self, mask: Mapping[str, Tensor]) -> None:
+    def plan(self, mask: Mapping[str, Tensor], left_out: list[str]) -> None:
         """Leave out of the computation what this mask does not connect, and out of the mask, in place, what is not live."""
-        if not self.asked or self._paths is None or self._same(mask):
+        if not self.asked or self._same(mask):
+            return
+        if self.wiring.paths is None or self.wiring.look(mask) is None:
+            self._give_up(left_out, "what the mask connects is not known")
             return
         live = self.live(Mask(mask))
         for name, keep in mask.items():
             keep.copy_(live[name])
-        made = plan(self.model, self._paths.tape, mask)
+        made = plan(self.model, self.wiring.paths.tape, mask)
         slices.compute(self.model, made.parts)
         stay = "".join(f"; {count} channels without a path are computed for {why}" for why, count in made.whole.items())
         say(f"compact: {len(made.parts)} modules compute a part of their channels{stay}")

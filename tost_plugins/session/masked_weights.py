@@ -58,6 +58,11 @@ class MaskedWeights:
         """How many of them are kept."""
         return self._count
 
+    @property
+    def restless(self) -> bool:
+        """Whether the mask moves at every step now."""
+        return False
+
     def metrics(self) -> dict[str, float]:
         """What to log of a mask that moves, or has moved; nothing otherwise."""
         return self.moved

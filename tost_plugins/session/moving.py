@@ -14,6 +14,7 @@ from tost_plugins.masks.topk import count_true
 from tost_plugins.session import buffers
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.optimizers import Optimizers
+from tost_plugins.session.wiring import Wiring
 from tost_plugins.training import ranks, seeds, sharding
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
@@ -24,10 +25,12 @@ class MovingWeights(MaskedWeights):
     """The masked weights of a running session, as its method moves their mask; all that a checkpoint needs is in the
     model's buffers: the mask, what was ever kept, and the weights that train out of sight."""
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter], method: Moving, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, weights: Mapping[str, nn.Parameter], method: Moving, seed: int, wiring: Wiring
+    ) -> None:
         self.masks, self.seen = (buffers.beside(model, dict(weights), which) for which in (buffers.MASK, buffers.SEEN))
         super().__init__(weights, self.masks)
-        self.model, self.method, self.seed = model, method, seed
+        self.model, self.method, self.seed, self.wiring = model, method, seed, wiring
         # looked up by owner: a model that changes its dtype puts other buffers in the hidden weights' place
         self.owners = owners(model, dict(weights)) if method.hides else {}
         self.changed: Tensor = getattr(model, buffers.CHANGED)
@@ -55,6 +58,11 @@ class MovingWeights(MaskedWeights):
             self.zero()
         else:
             super().begin(clock, optimizers, fresh)
+
+    @property
+    def restless(self) -> bool:
+        """Whether the mask moves at every step now."""
+        return self.hides
 
     @property
     def hides(self) -> bool:
@@ -143,9 +151,7 @@ class MovingWeights(MaskedWeights):
         moving = {name: mask for name, mask in self.masks.items() if self.weights[name].requires_grad}
         self._say_frozen([name for name in self.masks if name not in moving])
         generator = seeds.generator(self.seed, clock.step)
-        new = self.method.update(moving, weights, grads, clock, generator) if moving else {}
-        if not self.hides:
-            new = ranks.broadcast(new, next(iter(self.weights.values())).device)
+        new = self._connected(self.method.update(moving, weights, grads, clock, generator), weights) if moving else {}
         counts, more = [], []
         for name, mask in new.items():
             changed = mask ^ self.masks[name]
@@ -160,6 +166,17 @@ class MovingWeights(MaskedWeights):
         self.changed.fill_(sum(counts))
         self._total += sum(more)
         self._mask = self._numbers = None
+
+    def _connected(self, new: dict[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The method's next mask, or the one at hand where it connects nothing; what rank 0 says, unless weights are hidden."""
+        if self.hides or ranks.rank() == 0:
+            may = self.wiring.allows(self.masks, {**self.masks, **new}, weights, self.hides)
+            new = new if may else {name: self.masks[name] for name in new}
+        if not self.hides and ranks.world() > 1:
+            new = ranks.broadcast(new, next(iter(self.weights.values())).device)
+        if not self.hides and (ranks.rank() or self.wiring.known is None):
+            self.wiring.moved({**self.masks, **new})
+        return new
 
     def _say_frozen(self, frozen: list[str]) -> None:
         if frozen and frozen != self._frozen:

@@ -20,6 +20,7 @@ from tost_plugins.session.places import Places
 from tost_plugins.session.saved_clock import SavedClock
 from tost_plugins.session.start import begin, impose, say_begun, say_resumed
 from tost_plugins.session.whole_tensors import say_what_counts
+from tost_plugins.session.wiring import Wiring
 from tost_plugins.training import sharding
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.params import prunable
@@ -29,13 +30,12 @@ from tost_plugins.training.task import Task
 class Run:
     """What a session leads: a model's weights under a mask, step after step, from a recipe or from a loaded checkpoint."""
 
-    def __init__(
-        self, model: nn.Module, recipe: Any, given_mask: Mask | None, tweaks: ActiveTweaks, compaction: Compaction
-    ) -> None:
+    def __init__(self, model: nn.Module, recipe: Any, given_mask: Mask | None, tweaks: ActiveTweaks) -> None:
         self.model, self.recipe, self.given_mask, self.tweaks = model, recipe, given_mask, tweaks
-        self.compaction = compaction
         self.clock, self.saved = Clock(), SavedClock(model)
         self.weights: MaskedWeights | None = None
+        self.wiring = Wiring()
+        self.compaction = Compaction(model, recipe.compact, recipe.mask, self.wiring)
         self.layers: tuple[str, ...] | None = None  # what has masks, from attach on
         self._places: Places | None = None
         self._watcher: Any = None  # what the recipe's `watch` makes
@@ -51,19 +51,21 @@ class Run:
         resumes = self.saved.step >= 0
         self._set(self.saved.load(clock) if resumes else clock)
         self._watcher = None if self.recipe.watch is None else self.recipe.watch.begin(task, self.clock)
-        self.compaction.follow(replace(task, params=self.params), self.tweaks)
+        self.compaction.check(self.params, self.tweaks.left_out)
         if resumes:
             say_resumed(self.recipe, self.given_mask, buffers.read_clock(self.model), clock, self._saved_mask())
             fresh = impose(self.model, self.recipe.mask, self.given_mask, self.params)
+            with sharding.unsharded(self.model), self.tweaks.quiet():
+                self.wiring.follow(replace(task, params=self.params))
+            self._take_saved()
         else:
             fresh = True
             with sharding.unsharded(self.model):
-                begin(
-                    replace(task, params=self.params), self.recipe, self.given_mask, self.tweaks, clock, self.compaction
-                )
+                whole = replace(task, params=self.params)
+                begin(whole, self.recipe, self.given_mask, self.tweaks, clock, self.wiring, self.compaction)
         weights = self.take_mask(optimizers, fresh)
         if not resumes:
-            say_begun(self.recipe, self.given_mask, weights, self.tweaks)
+            say_begun(self.recipe, self.given_mask, weights, self.tweaks, self.wiring.known)
         if optimizers is not None and (not weights.wants_dense() or getattr(self.recipe.mask, "freeze", None)):
             kept = {weights.weights[name]: sharding.local(kept) for name, kept in weights.kept.items()}
             say_what_counts(optimizers, kept, isinstance(self.recipe.mask, Moving) and self.recipe.mask.takes_step)
@@ -84,6 +86,7 @@ class Run:
                 )
             self._set(self.saved.load(self.clock))
             impose(self.model, self.recipe.mask, self.given_mask, self.params)
+            self._take_saved()
             self.take_mask()
 
     def step(self, step: int | None, optimizers: Optimizers | None) -> None:
@@ -104,6 +107,7 @@ class Run:
         checks.over(self.recipe.mask, self.tweaks.at_work(), self.clock, self.saved.gone_back)
         assert self.weights is not None
         mask = self.weights.mask
+        self.wiring.look(mask)
         if isinstance(self.weights, MovingWeights) and self.weights.hides:  # what trained out of sight is gone
             self.weights.forget(optimizers)
         if self._watcher is not None:
@@ -113,9 +117,9 @@ class Run:
     def take_mask(self, optimizers: Optimizers | None = None, fresh: bool = False) -> MaskedWeights:
         """Take the mask from the model's buffers, and bring all else in line with it."""
         params, method = self.params, self.recipe.mask
-        self.compaction.plan(buffers.beside(self.model, params))
+        self.compaction.plan(buffers.beside(self.model, params), self.tweaks.left_out)
         if isinstance(method, Moving):
-            weights = self._keep(MovingWeights(self.model, params, method, self.recipe.seed))
+            weights = self._keep(MovingWeights(self.model, params, method, self.recipe.seed, self.wiring))
         else:
             weights = self._keep(MaskedWeights(params, buffers.beside(self.model, params)))
         weights.begin(self.clock, optimizers, fresh)
@@ -134,6 +138,11 @@ class Run:
             weights.follow()
         self.tweaks.count()
         return weights
+
+    def _take_saved(self) -> None:
+        """See that the mask of a checkpoint connects, or the given one that replaces it."""
+        given = self.given_mask is not None and not isinstance(self.recipe.mask, Moving)
+        self.wiring.take(self._saved_mask(), "the given mask" if given else "the checkpoint's mask", loaded=True)
 
     def _saved_mask(self) -> Mask:
         return Mask(buffers.beside(self.model, self.params))

@@ -13,7 +13,6 @@ from tost_plugins.masks.base import Moving
 from tost_plugins.masks.mask import Mask
 from tost_plugins.session import averages, buffers, checks
 from tost_plugins.session.active_tweaks import ActiveTweaks
-from tost_plugins.session.compaction import Compaction
 from tost_plugins.session.drive import Loops, check_stepped
 from tost_plugins.session.link import Link, loaded, session_of
 from tost_plugins.session.masked_weights import MaskedWeights
@@ -64,8 +63,7 @@ class Session(Loops):
         self.state = "new"
         self.tweaks = ActiveTweaks(model, self.recipe.tweaks)
         self.smoothing = Smoothing(self)
-        self.compaction = Compaction(model, self.recipe.compact, self.recipe.mask)
-        self.run = Run(model, self.recipe, mask, self.tweaks, self.compaction)
+        self.run = Run(model, self.recipe, mask, self.tweaks)
         self.optimizers: Optimizers | None = None
         self._added: Any = None  # our buffers in the model, while they are there
 
@@ -83,7 +81,7 @@ class Session(Loops):
         buffers.check_free(self.model, params)
         if optimizer is not None:
             self.optimizers = Optimizers(optimizer, params)
-        with self.compaction.attaching(self.tweaks.left_out):
+        with self.run.compaction.attaching(self.tweaks.left_out):
             self.tweaks.attach(self.recipe)
         self.run.layers = tuple(params)  # whatever is frozen or freed later
         self.tweaks.left_out += left_out(self.model, self.recipe.mask.ignore)
@@ -201,7 +199,7 @@ class Session(Loops):
             self.optimizers.let_be()
             self.optimizers.leave(param for param, _ in self.tweaks.companions())
         self.tweaks.detach()
-        self.compaction.detach()
+        self.run.compaction.detach()
         self._added.remove()
         del self.model.tost_session
         self.release()
@@ -259,12 +257,18 @@ class Session(Loops):
         return self.state in ("new", "finished") or not self.tweaks.at_work()
 
     def report(self, rows: bool = True) -> Report:
-        """Sparsity and parameter counts, per layer with `rows`; raises TostError before `start`."""
-        return report(self.weights, self.tweaks, rows)
+        """Sparsity, live weights and parameter counts, per layer with `rows`; raises TostError before `start`."""
+        wiring = self.run.wiring
+        return report(self.weights, self.tweaks, rows, wiring.look(self.mask) if rows else wiring.known)
 
     def metrics(self) -> dict[str, float]:
-        """What every adapter logs: sparsity, alpha, beta, and the number of active parameters, ghosts included."""
-        return self.report(rows=False).metrics() | self.weights.metrics() | self.tweaks.metrics()
+        """What every adapter logs: sparsity, live weights, alpha, beta, the number of active parameters, ghosts included."""
+        found = (
+            None if self.weights.restless else self.run.wiring.known
+        )  # else a resumed run would say more than another
+        return (
+            report(self.weights, self.tweaks, False, found).metrics() | self.weights.metrics() | self.tweaks.metrics()
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives only: the recipe, the state and the clock. Masks, alpha and beta are buffers of the model."""

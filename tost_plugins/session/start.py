@@ -14,28 +14,37 @@ from tost_plugins.errors import TostError
 from tost_plugins.masks.base import MaskMethod, Moving
 from tost_plugins.masks.given import fitted
 from tost_plugins.masks.mask import Mask
+from tost_plugins.masks.paths.connectivity import Connectivity
 from tost_plugins.masks.topk import revive
 from tost_plugins.session import buffers, resuming
 from tost_plugins.session.active_tweaks import ActiveTweaks
 from tost_plugins.session.compaction import Compaction
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.report import report
+from tost_plugins.session.wiring import Wiring
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
 from tost_plugins.training.task import Task
 
 
 def begin(
-    task: Task, recipe: Any, given: Mask | None, tweaks: ActiveTweaks, clock: Clock, compaction: Compaction
+    task: Task,
+    recipe: Any,
+    given: Mask | None,
+    tweaks: ActiveTweaks,
+    clock: Clock,
+    wiring: Wiring,
+    compaction: Compaction,
 ) -> None:
-    """Find the mask to train with, put it into the model's buffers, and apply it unless removed weights train out of sight."""
+    """Find the mask to train with, see that it connects, put it into the model's buffers, and apply it unless removed weights
+    train out of sight."""
     method = recipe.mask
     with tweaks.quiet():
         tweaks.look(task)
     # without tweaks nothing can go wrong any more when the mask is found
     before = {param: param.detach().clone() for param in task.model.parameters()} if tweaks.active else {}
     with tweaks.quiet():
-        mask = compaction.live(_find(task, method, given, recipe.seed))
+        mask = compaction.live(_find(task, method, given, recipe.seed, wiring))
         try:
             if tweaks.active and not (isinstance(method, Moving) and method.hides and not method.settled(clock)):
                 mask.apply_(task.params)  # else when the run takes the mask over
@@ -50,12 +59,14 @@ def begin(
             buffer.copy_(mask[name])
 
 
-def say_begun(recipe: Any, given: Mask | None, weights: MaskedWeights, tweaks: ActiveTweaks) -> None:
+def say_begun(
+    recipe: Any, given: Mask | None, weights: MaskedWeights, tweaks: ActiveTweaks, found: Connectivity | None
+) -> None:
     """The one line that says what a run starts with."""
     kinds = ", ".join(tweak.kind for tweak in tweaks) or "no tweaks"
     left = f"; left out: {', '.join(tweaks.left_out)}" if tweaks.left_out else ""
     source = "a given mask" if given is not None else recipe.mask.kind
-    say(f"recipe {recipe.name}: {source}, {report(weights, tweaks, rows=False)}; {kinds}{left}")
+    say(f"recipe {recipe.name}: {source}, {report(weights, tweaks, False, found)}; {kinds}{left}")
 
 
 def say_resumed(recipe: Any, given: Mask | None, saved: Clock | None, asked: Clock, mask: Mask) -> None:
@@ -86,10 +97,15 @@ def impose(model: nn.Module, method: MaskMethod, given: Mask | None, params: Map
     return other
 
 
-def _find(task: Task, method: MaskMethod, given: Mask | None, seed: int) -> Mask:
+def _find(task: Task, method: MaskMethod, given: Mask | None, seed: int, wiring: Wiring) -> Mask:
     if given is not None:
-        return _given(given, method, task.model, task.params)
-    try:
-        return masks.run(method, task, seed)
-    except TostError as error:
-        raise error.at(f"mask {method.kind}") from None
+        mask, where = _given(given, method, task.model, task.params), "the given mask"
+    else:
+        where = f"mask {method.kind}"
+        try:
+            mask = masks.search(method, task, seed)
+        except TostError as error:
+            raise error.at(where) from None
+    wiring.follow(task)
+    wiring.take(mask, where)
+    return mask

@@ -24,12 +24,34 @@ def find(recipe: RecipeArg, target: TargetArg, set_: SetOption = [], as_json: Js
 
 @app.command("inspect")
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A mask file, or any checkpoint.")], as_json: JsonOption = False
+    path: Annotated[Path, typer.Argument(help="A mask file, or any checkpoint.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="The recipe of its network: show also what the mask connects.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Or its network, by the name that a recipe would have.")] = None,
+    side: Annotated[int, typer.Option(help="The side of an image, with --model.")] = 32,
+    target: Annotated[Path | None, typer.Option("--picture", help="Draw live and dead per layer.")] = None,
+    set_: SetOption = [],
+    as_json: JsonOption = False,
 ) -> None:
-    """Show what a mask keeps, layer by layer."""
+    """Show what a mask keeps, layer by layer, and with --recipe or --model which of it lies on a path through the network."""
+    from tost_plugins.errors import TostError
+    from tost_plugins.lab import wiring
     from tost_plugins.masks import Mask
 
-    _show_mask(Mask.load(path), path, as_json)
+    mask, found = Mask.load(path), None
+    if recipe is not None and model is not None:
+        raise TostError("mask inspect: expected one network, got --recipe and --model; leave one away")
+    if recipe is not None:
+        found = wiring.of_recipe(mask, recipe_of(recipe, set_))
+    elif model is not None:
+        found = wiring.of_model(mask, model, side)
+    elif target is not None:
+        raise TostError("mask inspect: expected the mask's network beside --picture, got none; add --recipe or --model")
+    mask = mask if found is None else Mask({name: mask[name] for name in found.live})
+    title = _show_mask(mask, path, as_json, found)
+    if target is not None:
+        wiring.picture(wiring.layer_rows(mask, found), title, target)
 
 
 @app.command("convert")
@@ -71,11 +93,24 @@ def export(
     show(as_json, result, f"{result['source']} -> {result['out']}: {what}{more}, {result['bytes']:,} bytes")
 
 
-def _show_mask(mask: Any, path: Path, as_json: bool) -> None:
+def _show_mask(mask: Any, path: Path, as_json: bool, found: Any = None) -> str:
+    """Print a mask, and what it connects where that is known; returns the title."""
     from tost_plugins.lab.report import table
+    from tost_plugins.lab.wiring import layer_rows
 
-    rows = [{"layer": name, "shape": "x".join(map(str, keep.shape)), "kept": int(keep.sum()),
-             "density": f"{int(keep.sum()) / keep.numel():.4f}"} for name, keep in mask.items()]  # fmt: skip
+    rows = layer_rows(mask, found)
     values = {"path": str(path), "sparsity": mask.sparsity, "kept": mask.kept, "size": mask.size, "layers": rows}
     title = f"{path}: {mask.kept:,} of {mask.size:,} weights kept, sparsity {mask.sparsity:.4f}"
-    show(as_json, values, table(title, rows))
+    if found is not None:
+        live = found.live_count
+        values |= {"live": live, "effective_sparsity": 1 - live / mask.size, "connected": found.connected,
+                   "ends": found.ends, "not_run": list(found.unseen), "not_followed": list(found.lost)}  # fmt: skip
+        title += f"; {live:,} live, effective sparsity {1 - live / mask.size:.4f}"
+        title += (
+            "" if found.connected else f"; no path from the inputs to the outputs: the last one ends at {found.ends}"
+        )
+    shown = rows if found is None else [  # what fits into a terminal
+        {"layer": row["layer"].removesuffix(".weight"), "shape": row["shape"], "kept": row["kept"], "live": row["live"],
+         "dead channels": f"{row['dead_channels']} of {row['channels']}"} for row in rows]  # fmt: skip
+    show(as_json, values, table(title, shown))
+    return title

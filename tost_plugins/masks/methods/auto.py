@@ -24,8 +24,8 @@ class Auto:
     Where SynFlow does not fit the network (its inputs are tokens, say) and there are batches, it is SNIP.
 
     Fields: `sparsity`, that of the mask that is found, 0.9 if not given; when it is given the model's zeros are not looked
-    at. `on_collapse`: SynFlow empties the 1x1 shortcuts of many networks; by default such a layer keeps its best
-    weight, and a warning says so. Which of them it was is logged in one line.
+    at. `on_collapse`, for layers that lose everything (SynFlow empties the 1x1 shortcuts of many networks).
+    Which of them it was is logged in one line.
 
     Paper: none. Differs from the paper: this choice is ours.
 
@@ -37,7 +37,7 @@ class Auto:
     kind: Literal["auto"] = "auto"
     sparsity: Sparsity | None = None
     ignore: tuple[str, ...] = ()
-    on_collapse: OnCollapse = "keep_one"
+    on_collapse: OnCollapse = "error"
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """The model's zeros, or SynFlow's mask, or SNIP's; raises TostError where these do."""

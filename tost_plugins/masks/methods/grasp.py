@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tost_plugins.errors import TostError
 from tost_plugins.masks.balanced import balanced
-from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
+from tost_plugins.masks.base import STRICT, Allocation, Budget, OnCollapse, Sparsity
+from tost_plugins.masks.budget import chosen
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scoring import average, derivative, gradient, weights_to_score, wide
-from tost_plugins.masks.topk import top_mask
 from tost_plugins.training import ranks
 from tost_plugins.training.batches import walk
 from tost_plugins.training.calling import loss_of, main_of, own_loss
@@ -53,6 +53,7 @@ class Grasp:
     allocation: Allocation = "global"
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
+    budget: Budget = "kept"
     per_class: Annotated[int, Field(ge=1, le=100_000)] = 10
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 200.0
 
@@ -60,7 +61,7 @@ class Grasp:
         """The mask; raises TostError without batches with one class per sample, on a loss or gradient that
         is not finite, on a weight that the loss does not depend on, and when a layer loses all weights."""
         worth = {name: -harmless for name, harmless in self.scores(task).items()}
-        return top_mask(worth, self.sparsity, self.allocation, self.on_collapse)
+        return chosen(worth, self, task)
 
     def scores(self, task: Task) -> dict[str, Tensor]:
         """S = -w * Hg, name -> tensor in the weight's shape, at least float32; high where removal does no

@@ -17,7 +17,6 @@ from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scoring import wide
 from tost_plugins.masks.topk import choose, split, tell
 from tost_plugins.training.clock import Time, TimeField
-from tost_plugins.training.params import some
 from tost_plugins.training.task import Task
 
 
@@ -73,18 +72,13 @@ class LotteryTicket:
     def next(self, mask: Mask, weights: Mapping[str, Tensor], sparsity: float) -> Mask:
         """Of the weights that `mask` keeps the largest |w|, round((1 - sparsity) * N) in all; none returns.
 
-        Ties go to the lower index, layers in their order. Raises TostError on weights that are not finite, on a layer
-        that loses them all (unless `on_collapse` is "keep_one"), and where more weights are asked for than survive.
+        Ties go to the lower index, layers in their order. Raises TostError on weights that are not finite, and where more
+        are asked for than survive. Whether the mask connects is looked at by the session that trains with it.
         """
         count = self._counts(mask, sparsity)
         alive = torch.cat([keep.flatten() for keep in mask.values()])
         sizes = torch.cat([wide(weights[name].detach().cpu()).abs().flatten() for name in mask])
-        kept, lost = choose(mask, sizes.masked_fill(~alive, -1), count, "keep_one")
-        if lost and self.on_collapse == "error":
-            raise TostError(
-                f"expected at least one weight in every layer, got none in {some(lost, 20)}; "
-                f"set a lower sparsity, allocation: uniform, or on_collapse: keep_one"
-            )
+        kept, lost = choose(mask, sizes.masked_fill(~alive, -1), count, self.on_collapse)
         tell(lost)
         return Mask(split(kept, mask))
 

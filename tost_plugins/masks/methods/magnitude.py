@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from pydantic.dataclasses import dataclass
 
-from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
+from tost_plugins.masks.base import STRICT, Allocation, Budget, OnCollapse, Sparsity
+from tost_plugins.masks.budget import chosen
 from tost_plugins.masks.mask import Mask
-from tost_plugins.masks.topk import top_mask
 from tost_plugins.training.task import Task
 
 
@@ -36,8 +36,9 @@ class Magnitude:
     allocation: Allocation = "global"
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
+    budget: Budget = "kept"
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """The mask; raises TostError on weights that are not finite, and when a layer loses them all."""
         scores = {name: param.detach().abs() for name, param in task.params.items()}
-        return top_mask(scores, self.sparsity, self.allocation, self.on_collapse)
+        return chosen(scores, self, task)

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from pydantic.dataclasses import dataclass
 
-from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
+from tost_plugins.masks.base import STRICT, Allocation, Budget, OnCollapse, Sparsity
+from tost_plugins.masks.budget import chosen
 from tost_plugins.masks.mask import Mask
-from tost_plugins.masks.topk import top_mask
 from tost_plugins.training.task import Task
 
 
@@ -36,6 +36,7 @@ class Random:
     allocation: Allocation = "erk"
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
+    budget: Budget = "kept"
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """The mask, drawn on the CPU; raises TostError when a layer loses all its weights."""
@@ -43,4 +44,4 @@ class Random:
             name: torch.rand(param.shape, generator=generator, dtype=torch.float64, device=generator.device)
             for name, param in task.params.items()
         }
-        return top_mask(draws, self.sparsity, self.allocation, self.on_collapse)
+        return chosen(draws, self, task)

@@ -9,10 +9,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
+from tost_plugins.masks.base import STRICT, Allocation, Budget, OnCollapse, Sparsity
+from tost_plugins.masks.budget import chosen
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scoring import gradient, weights_to_score, wide
-from tost_plugins.masks.topk import top_mask
 from tost_plugins.training.task import Task, untouched
 
 
@@ -42,12 +42,13 @@ class Snip:
     allocation: Allocation = "global"
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
+    budget: Budget = "kept"
     batches: Annotated[int, Field(ge=1, le=100_000)] = 1
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """The mask; raises TostError without batches, on a loss or gradient that is not finite, on a weight
         that the loss does not depend on, and when a layer loses all its weights."""
-        return top_mask(self.scores(task), self.sparsity, self.allocation, self.on_collapse)
+        return chosen(self.scores(task), self, task)
 
     def scores(self, task: Task) -> dict[str, Tensor]:
         """|g * w| summed over the batches, name -> tensor in the weight's shape, at least float32."""

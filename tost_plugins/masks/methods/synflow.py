@@ -14,10 +14,12 @@ from torch import Tensor
 
 from tost_plugins.errors import Inapplicable
 from tost_plugins.masks import ones
-from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
+from tost_plugins.masks.base import STRICT, Allocation, Budget, OnCollapse, Sparsity
+from tost_plugins.masks.budget import live_mask, ordered
 from tost_plugins.masks.mask import Mask
+from tost_plugins.masks.paths.connectivity import Paths
 from tost_plugins.masks.scoring import derivative, weights_to_score
-from tost_plugins.masks.topk import choose, counts, dense_layers, split, tell, tell_ties, tied
+from tost_plugins.masks.topk import choose, count_true, counts, dense_layers, split, tell, tell_ties, tied
 from tost_plugins.training.functions import Instead
 from tost_plugins.training.log import shown
 from tost_plugins.training.task import Task, untouched
@@ -66,6 +68,7 @@ class SynFlow:
     allocation: Allocation = "global"
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
+    budget: Budget = "kept"
     rounds: Annotated[int, Field(ge=1, le=100_000)] = 100
     input_shape: _Shape | None = None
 
@@ -76,10 +79,20 @@ class SynFlow:
             weights = weights_to_score(task, "synflow", torch.float64)
             weights = {name: weight.detach().abs_() for name, weight in weights.items()}
             batch = ones.batch(task, weights, self.input_shape)
+            first = {name: w.clone() for name, w in task.leaves(weights).items()} if self.budget == "live" else {}
             kept, revived, undecided = self._rounds(task, weights, batch)
+            mask = self._live(task, weights, first, batch, kept) if first else Mask(split(kept, task.params))
         tell(revived)
         tell_ties(undecided)
-        return Mask(split(kept, task.params))
+        return mask
+
+    def _live(self, task: Task, weights: dict[str, Tensor], first: dict[str, Tensor], batch: Any, kept: Tensor) -> Mask:
+        """What of the last round lies on a path, and in the place of the others those that would carry most flow now."""
+        scores = torch.empty(kept.shape, dtype=torch.float64, device=kept.device)
+        synaptic_flow(task, weights, batch, split(scores, first), first)
+        order = ordered(split(scores, first), scores, counts(first, self.sparsity, self.allocation))
+        stay = kept[order]
+        return live_mask(torch.cat([order[stay], order[~stay]]), first, int(count_true(kept)), Paths(task))
 
     def _rounds(self, task: Task, weights: dict[str, Tensor], batch: Any) -> tuple[Tensor, list[str], list[str]]:
         """True for the weights that stay, in one row, the layers which "keep_one" had to help in some round, and those
@@ -142,8 +155,14 @@ def _conserved(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 UNCAPPED = {F.relu6: _relu6, F.hardtanh: _hardtanh} | {function: _conserved(function) for function in _SIGMOIDS}
 
 
-def synaptic_flow(task: Task, weights: Mapping[str, Tensor], batch: Any, out: Mapping[str, Tensor]) -> None:
-    """Write w * dR/dw of every prunable weight to `out`, R the sum of the logits on `batch`.
+def synaptic_flow(
+    task: Task,
+    weights: Mapping[str, Tensor],
+    batch: Any,
+    out: Mapping[str, Tensor],
+    sizes: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write w * dR/dw of every prunable weight to `out`, R the sum of the logits on `batch`; with `sizes` those times dR/dw.
 
     Raises TostError on a weight that R does not depend on, and when R is infinite, or 0 for all the
     weights' worth.
@@ -153,7 +172,7 @@ def synaptic_flow(task: Task, weights: Mapping[str, Tensor], batch: Any, out: Ma
         total = ones.total(task.outputs(weights, batch, torch.float64, labels=False))
     own = task.leaves(weights)
     for name, grad in derivative(total, own, "synflow").items():
-        torch.mul(grad, own[name].detach(), out=out[name]).abs_()
+        torch.mul(grad, (sizes or own)[name].detach(), out=out[name]).abs_()
     if not bool(torch.isfinite(total)):
         raise Inapplicable(
             "synflow: expected a finite sum of outputs, got infinity; the network is too deep for float64, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,11 @@ class Connectivity:
     def connected(self) -> bool:
         """Whether any path leads from the inputs to the outputs."""
         return self.ends is None
+
+    @property
+    def live_count(self) -> int:
+        """How many weights are live."""
+        return sum(row.live for row in self.layers)
 
 
 class Paths:
@@ -148,7 +154,7 @@ def refusal(found: Connectivity) -> TostError:
     """Why a mask that connects nothing cannot be trained with."""
     empty = f" (layers without any weight: {some(found.empty, 6)})" if found.empty else ""
     return TostError(
-        f"mask: expected a path of kept weights from the inputs to the outputs, got none: the last one ends at {found.ends}"
+        f"expected a path of kept weights from the inputs to the outputs, got none: the last one ends at {found.ends}"
         f"{empty}; set budget: live, a lower sparsity, allocation: erk, or another mask method"
     )
 
@@ -165,14 +171,14 @@ def _row(name: str, mask: Tensor, live: Tensor, calls: list[tuple[Tensor, Tensor
 
 def _channels(parts: tuple[Tensor, ...], dim: int) -> Tensor:
     """Per channel, whether any number of it is not 0, at any of the calls."""
-    found = [part.detach().movedim(dim, 0).flatten(1).sum(1) > 0 for part in parts]
+    found = [part.detach().movedim(dim, 0).reshape(part.shape[dim], -1).sum(1) > 0 for part in parts]
     return torch.stack(found).any(0)
 
 
 def _followed(task: Task) -> Tape:
     problem: BaseException | None = None
     with untouched(task.model, task.batches, train=False):
-        weights = {name: weight.detach() for name, weight in task.weights().items()}
+        weights = {clean_name(name): param.detach().clone() for name, param in task.model.named_parameters()}
         for batch in _samples(task):
             try:
                 return _tape(task, weights, batch)
@@ -222,10 +228,11 @@ def _hooked(follow: Follow, path: str, module: nn.Module) -> tuple[Any, Any]:
 def _samples(task: Task) -> Iterator[Any]:
     """Two samples that the network may run on: of the batches where there are any."""
     if task.batches is not None:
-        batch = task.take(1, "connectivity")[0]
-        for some_of in (pick(batch, [0, 0]), batch):
-            yield walk(lambda part: part.clone() if isinstance(part, Tensor) else part, some_of)
-        return
+        with suppress(TostError):  # what cannot be read twice, or is empty, is for others to complain of
+            batch = task.take(1, "connectivity")[0]
+            for some_of in (pick(batch, [0, 0]), batch):
+                yield walk(lambda part: part.clone() if isinstance(part, Tensor) else part, some_of)
+            return
     dtype = next((p.dtype for p in task.model.parameters() if p.is_floating_point()), torch.float32)
     for shape in shapes(task.model, _SIDES):
         yield (

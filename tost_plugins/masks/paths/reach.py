@@ -33,6 +33,7 @@ class Reach:
         """1 where a path from the inputs reaches, 0 elsewhere, in the shape of the real tensor."""
         return self._of[value]
 
+    @torch.enable_grad()
     def back(self, watched: list[Value]) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Which weights, kept or not, join what a path from the inputs reaches to what leads to the outputs, by name; and from
         which numbers of the `watched` values a path leads to the outputs."""

@@ -1,0 +1,115 @@
+"""What the mask of a run connects: looked at when it is taken and before it moves, never in between."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tost_plugins.errors import TostError
+from tost_plugins.masks import connected
+from tost_plugins.masks.paths.connectivity import Connectivity, Paths
+from tost_plugins.masks.scoring import wide
+from tost_plugins.masks.topk import count_true, empty, top_k
+from tost_plugins.training.log import say
+from tost_plugins.training.task import Task
+
+
+class Wiring:
+    """The paths of a run's network, followed once, and what the mask at hand connects (`known`, None where that is not known,
+    or not now).
+
+    A mask that moves after every step is looked at whole only when a witness fails: a few of its largest weights that connect
+    inputs and outputs by themselves. As long as they all stay, so does a path.
+    """
+
+    def __init__(self) -> None:
+        self.paths: Paths | None = None
+        self.known: Connectivity | None = None
+        self._witness: dict[str, Tensor] | None = None  # name -> indices of weights in a row
+        self._told: tuple[str, ...] = ()  # the empty layers that were last said
+        self._refused = False  # whether the last move was
+
+    def follow(self, task: Task) -> None:
+        """Follow the network of a run that begins or goes on."""
+        self.paths = connected.followed(task)
+
+    def take(self, mask: Mapping[str, Tensor], where: str, loaded: bool = False) -> None:
+        """The mask of a run that begins, or goes on with a `loaded` one; raises TostError where it connects nothing."""
+        try:
+            self.known = connected.check(mask, self.paths, loaded)
+        except TostError as error:
+            raise error.at(where) from None
+        self._witness, self._told = None, () if self.known is None else self.known.empty
+
+    def look(self, mask: Mapping[str, Tensor]) -> Connectivity | None:
+        """What the mask at hand connects, looked at now where that is not known."""
+        if self.known is None:
+            self.known = connected.connects(mask, self.paths)
+        return self.known
+
+    def moved(self, mask: Mapping[str, Tensor]) -> None:
+        """The mask at hand is this one now."""
+        self.known = connected.connects(mask, self.paths)
+
+    def allows(
+        self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], weights: Mapping[str, Tensor], often: bool
+    ) -> bool:
+        """Whether the mask may become `new`: whether that connects the inputs with the outputs or, where that cannot be known,
+        empties no layer; one line where it may not, and the `old` one stays. `often`: it moves at every step."""
+        self.known = None
+        if self.paths is None:
+            return self._may(not set(empty(new)) - set(empty(old)), "a layer without any weight")
+        if often and self._holds(new):
+            return True
+        found = connected.connects(new, self.paths)
+        if found is not None and not found.connected:
+            return self._may(False, f"no path from the inputs to the outputs: the last one ends at {found.ends}")
+        if found is not None and often:
+            self._witness = self._found(new, weights)
+        self.known = None if often else found
+        if found is not None and set(found.empty) - set(self._told):
+            connected.tell_empty(list(found.empty))
+            self._told = found.empty
+        return self._may(True)
+
+    def _may(self, may: bool, why: str = "") -> bool:
+        if not may and not self._refused:
+            say(
+                f"mask: a move is left out, and the mask before it stays, since the new one would leave {why}",
+                logging.WARNING,
+            )
+        self._refused = not may
+        return may
+
+    def _holds(self, mask: Mapping[str, Tensor]) -> bool:
+        if self._witness is None:
+            return False
+        parts = [mask[name].reshape(-1)[places].all() for name, places in self._witness.items()]
+        return not parts or bool(torch.stack(parts).all())
+
+    def _found(self, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The largest weights of each layer, as small a share of them as still connects."""
+        assert self.paths is not None
+        sizes = {
+            name: wide(weights[name].detach()).abs().masked_fill(~kept, -1).flatten() for name, kept in mask.items()
+        }
+        counts = {name: int(count_true(kept)) for name, kept in mask.items()}
+        best, share = mask, 0.25
+        while share * max(counts.values()) >= 0.25:
+            tried = {
+                name: top_k(size, math.ceil(share * counts[name])).view(mask[name].shape)
+                for name, size in sizes.items()
+            }
+            found = self.paths.connectivity(tried)
+            if not found.connected:
+                break
+            best, share = found.live, share / 4
+        return {
+            name: places.to(mask[name].device)
+            for name, part in best.items()
+            if len(places := part.flatten().nonzero().flatten())
+        }
