@@ -40,8 +40,8 @@ def masked(net: nn.Module, mask: Mask) -> nn.Module:
 def small_of(net: nn.Module, images: Tensor, kind: str, **options: object) -> tuple[nn.Module, Mask]:
     """The compact network of the sparsest mask that connects."""
     for sparsity in (0.98, 0.9, 0.8, 0.6):
-        mask = masks.find(net, kind, sparsity, on_collapse="keep_one", **options)
         try:
+            mask = masks.find(net, kind, sparsity, on_collapse="keep_one", **options)
             return compact(net, mask, images), mask
         except TostError as error:
             assert "expected a path of kept weights" in str(error)
@@ -214,7 +214,7 @@ def test_what_counts_channels_stays_whole_and_is_named(caplog: pytest.LogCapture
 def test_no_path_and_no_plain_network_are_refused() -> None:
     net, images = network("plain")
     empty = Mask({name: torch.zeros(param.shape) for name, param in Task.of(net).params.items()})
-    refused(lambda: compact(net, empty, images), "compact: mask: expected a path of kept weights")
+    refused(lambda: compact(net, empty, images), "compact: expected a path of kept weights")
     session = Session(net, {"mask": {"kind": "random", "sparsity": 0.5}, "tweaks": ["soft_activation"]}).attach()
     refused(lambda: compact(net, Mask.dense(Task.of(net).params), images), "a session at work", "session.finish()")
     del session

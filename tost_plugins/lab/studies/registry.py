@@ -12,6 +12,7 @@ from tost_plugins.lab.progress import Listener, silent
 from tost_plugins.lab.report import Plot, study_figure, summary
 from tost_plugins.lab.studies import curves, structure, training, watching
 from tost_plugins.lab.studies.base import Study
+from tost_plugins.lab.studies.real_speed import real_speed
 from tost_plugins.lab.studies.settings import BASES, SEEDS, TOST
 from tost_plugins.recipe.recipe import apply_changes
 
@@ -36,6 +37,7 @@ STUDIES: dict[str, Study] = {
     "in-degree": watching.in_degree,
     "emergence": watching.emergence,
     "freeze": training.freeze,
+    "real-speed": real_speed,
 }
 
 
