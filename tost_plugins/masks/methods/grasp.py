@@ -36,7 +36,8 @@ class Grasp:
     batches give them (R ranks take ceil(per_class / R) each); `temperature` T, the loss sees logits / T, 1
     leaves them alone; `allocation`, "global" compares all layers; `ignore`, globs of layers to leave alone;
     `on_collapse`, for a layer that loses everything; `budget`, whether
-    the sparsity counts what is "kept" or what is "live", on a path (docs/masks.md). The network runs in train mode, on as many samples at
+    the sparsity counts what is "kept" or what is "live", on a path
+    (docs/masks.md). The network runs in train mode, on as many samples at
     once as the loader has in a batch.
 
     Paper: Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow, ICLR 2020.

@@ -49,7 +49,8 @@ class SynFlow:
     sample without the batch dimension, such as (3, 32, 32), by default that of the batches, or one that
     fits the first layer; `allocation`, "global" compares all layers; `ignore`, globs of layers to leave
     alone; `on_collapse`, for a layer that loses everything; `budget`, whether
-    the sparsity counts what is "kept" or what is "live", on a path (docs/masks.md). The batches' values are never looked at.
+    the sparsity counts what is "kept" or what is "live", on a path
+    (docs/masks.md). The batches' values are never looked at.
 
     Paper: Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow,
     NeurIPS 2020.
