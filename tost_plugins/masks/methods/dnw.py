@@ -62,7 +62,7 @@ class Dnw:
         return value
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
-        """Each layer's largest weights; raises TostError when a layer loses all of them."""
+        """Each layer's largest weights."""
         return top_mask(
             {n: p.detach().abs() for n, p in task.params.items()}, self.sparsity, self.allocation, self.on_collapse
         )

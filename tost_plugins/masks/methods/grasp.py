@@ -35,7 +35,9 @@ class Grasp:
     Fields: `sparsity` in [0, 1), 0 is dense; `per_class`, samples of each class to look at, taken as the
     batches give them (R ranks take ceil(per_class / R) each); `temperature` T, the loss sees logits / T, 1
     leaves them alone; `allocation`, "global" compares all layers; `ignore`, globs of layers to leave alone;
-    `on_collapse`, for a layer that loses everything. The network runs in train mode, on as many samples at
+    `on_collapse`, for a layer that loses everything; `budget`, whether
+    the sparsity counts what is "kept" or what is "live", on a path
+    (docs/masks.md). The network runs in train mode, on as many samples at
     once as the loader has in a batch.
 
     Paper: Wang et al., Picking Winning Tickets Before Training by Preserving Gradient Flow, ICLR 2020.
@@ -59,7 +61,7 @@ class Grasp:
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """The mask; raises TostError without batches with one class per sample, on a loss or gradient that
-        is not finite, on a weight that the loss does not depend on, and when a layer loses all weights."""
+        is not finite, and on a weight that the loss does not depend on."""
         worth = {name: -harmless for name, harmless in self.scores(task).items()}
         return chosen(worth, self, task)
 

@@ -19,7 +19,8 @@ class Magnitude:
 
     Fields: `sparsity` in [0, 1), 0 is dense; `allocation`, how the kept weights are shared out, "global"
     compares all layers; `ignore`, globs of layers to leave alone; `on_collapse`, for a layer that loses
-    everything.
+    everything; `budget`, whether
+    the sparsity counts what is "kept" or what is "live", on a path (docs/masks.md).
 
     Paper: Han et al., Learning both Weights and Connections for Efficient Neural Networks, NeurIPS 2015.
     Differs from the paper: the number of weights is given, not a threshold per layer.
@@ -39,6 +40,6 @@ class Magnitude:
     budget: Budget = "kept"
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
-        """The mask; raises TostError on weights that are not finite, and when a layer loses them all."""
+        """The mask; raises TostError on weights that are not finite."""
         scores = {name: param.detach().abs() for name, param in task.params.items()}
         return chosen(scores, self, task)

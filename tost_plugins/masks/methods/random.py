@@ -19,7 +19,8 @@ class Random:
 
     Fields: `sparsity` in [0, 1), 0 is dense; `allocation`, how the kept weights are shared out, "global"
     draws from all layers at once; `ignore`, globs of layers to leave alone; `on_collapse`, for a layer that
-    loses everything.
+    loses everything; `budget`, whether
+    the sparsity counts what is "kept" or what is "live", on a path (docs/masks.md).
 
     Paper: Liu et al., The Unreasonable Effectiveness of Random Pruning, ICLR 2022.
     Differs from the paper: exact counts instead of Bernoulli draws.
@@ -39,7 +40,7 @@ class Random:
     budget: Budget = "kept"
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
-        """The mask, drawn on the CPU; raises TostError when a layer loses all its weights."""
+        """The mask, drawn on the CPU."""
         draws = {
             name: torch.rand(param.shape, generator=generator, dtype=torch.float64, device=generator.device)
             for name, param in task.params.items()

@@ -60,8 +60,7 @@ class Set:
     drop: Annotated[float, Field(gt=0, le=1)] = 0.3
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
-        """A random mask; raises TostError on a frozen layer, whose grown weights would stay 0, and when a layer loses all its
-        weights."""
+        """A random mask; raises TostError on a frozen layer, whose grown weights would stay 0."""
         frozen = [name.removesuffix(".weight") for name, param in task.params.items() if not param.requires_grad]
         if frozen:
             raise TostError(

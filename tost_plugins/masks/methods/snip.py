@@ -22,7 +22,9 @@ class Snip:
 
     Fields: `sparsity` in [0, 1), 0 is dense; `batches`, how many batches to look at, 1 or more, fewer where
     the loader ends; `allocation`, "global" compares all layers; `ignore`, globs of layers to leave alone;
-    `on_collapse`, for a layer that loses everything. The network runs in train mode. Across ranks the
+    `on_collapse`, for a layer that loses everything; `budget`, whether
+    the sparsity counts what is "kept" or what is "live", on a path
+    (docs/masks.md). The network runs in train mode. Across ranks the
     gradient of each batch is averaged before its magnitude is taken: 2 ranks with half of a batch each find
     the mask of 1 rank with the whole.
 
@@ -47,7 +49,7 @@ class Snip:
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """The mask; raises TostError without batches, on a loss or gradient that is not finite, on a weight
-        that the loss does not depend on, and when a layer loses all its weights."""
+        that the loss does not depend on."""
         return chosen(self.scores(task), self, task)
 
     def scores(self, task: Task) -> dict[str, Tensor]:

@@ -49,7 +49,9 @@ class SynFlow:
     Fields: `sparsity` in [0, 1), 0 is dense; `rounds`, 1 (one shot) or more; `input_shape`, that of one
     sample without the batch dimension, such as (3, 32, 32), by default that of the batches, or one that
     fits the first layer; `allocation`, "global" compares all layers; `ignore`, globs of layers to leave
-    alone; `on_collapse`, for a layer that loses everything. The batches' values are never looked at.
+    alone; `on_collapse`, for a layer that loses everything; `budget`, whether
+    the sparsity counts what is "kept" or what is "live", on a path
+    (docs/masks.md). The batches' values are never looked at.
 
     Paper: Tanaka et al., Pruning neural networks without any data by iteratively conserving synaptic flow,
     NeurIPS 2020.
@@ -74,7 +76,7 @@ class SynFlow:
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """The mask; raises TostError when the network does not run on such an input, when its scores are
-        infinite (too deep) or all 0, and when a layer loses all its weights."""
+        infinite (too deep) or all 0."""
         with untouched(task.model, task.batches, train=False):
             weights = weights_to_score(task, "synflow", torch.float64)
             weights = {name: weight.detach().abs_() for name, weight in weights.items()}

@@ -171,7 +171,7 @@ def _row(name: str, mask: Tensor, live: Tensor, calls: list[tuple[Tensor, Tensor
 
 def _channels(parts: tuple[Tensor, ...], dim: int) -> Tensor:
     """Per channel, whether any number of it is not 0, at any of the calls."""
-    found = [part.detach().movedim(dim, 0).reshape(part.shape[dim], -1).sum(1) > 0 for part in parts]
+    found = [part.detach().movedim(dim, 0).unsqueeze(-1).flatten(1).sum(1) > 0 for part in parts]
     return torch.stack(found).any(0)
 
 
