@@ -193,7 +193,8 @@ def test_overrides_of_tweaks_and_seed() -> None:
 
 def test_wrong_overrides() -> None:
     assert error_of(PLAIN, sparsty=0.9) == (
-        "overrides: expected a known override, got 'sparsty'; did you mean 'sparsity'? known: mask, seed, sparsity, tweaks, watch"
+        "overrides: expected a known override, got 'sparsty'; did you mean 'sparsity'? "
+        "known: compact, mask, seed, sparsity, tweaks, watch"
     )
     assert (
         "recipe unnamed: mask: kind: expected a known mask method, got 'synflo'; did you mean 'synflow'?"

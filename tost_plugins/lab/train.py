@@ -23,6 +23,7 @@ from tost_plugins.files.tensors import write_tensors
 from tost_plugins.lab import data, models
 from tost_plugins.lab.job import Job
 from tost_plugins.lab.progress import Listener, silent
+from tost_plugins.masks.connected import connects, followed
 from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe.recipe import Recipe, read
 from tost_plugins.session.session import Session
@@ -129,7 +130,8 @@ def check_out(out: Path, recipe: Recipe, resume: bool) -> None:
             f"--out {out}: expected a new folder, got one that holds a run; add --resume to go on with it, "
             f"or choose another folder"
         )
-    before, now = (dict(_leaves(spec.to_dict())) for spec in (Recipe.from_dict(read(out / "recipe.yaml")), recipe))
+    kept = Recipe.from_dict(read(out / "recipe.yaml"), f"recipe {out / 'recipe.yaml'}")
+    before, now = (dict(_leaves(spec.to_dict())) for spec in (kept, recipe))
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in ("name", "source")]
     if keys:
         differ = some([f"{key} {now.get(key)!r}, there {before.get(key)!r}" for key in keys])
@@ -160,14 +162,18 @@ def _conclude(job: Job, session: Session) -> dict[str, Any]:
     if session.moving is not None:
         write_csv(job.out / "movement.csv", _movement(job.history))
     write_tensors(job.out / "model.safetensors", job.model.state_dict())
-    report = session.report()
+    report = session.report(rows=False)
+    task = Task.of(job.model, job.recipe.mask.ignore, batches=job.loader)
+    found = connects(mask, followed(task))  # the session has not followed a run of which nothing was left to train
+    live = None if found is None else found.live.kept
     recipe, accuracy = job.recipe, job.evaluate(job.model, job.data.test)["accuracy"]
     result = {
         "name": recipe.name, "model": recipe.model, "trainer": recipe.trainer, "mask": recipe.mask.kind,
         "tweaks": [tweak.kind for tweak in session.tweaks], "left_out": session.left_out, "seed": recipe.seed,
         "test_accuracy": accuracy, "sparsity": report.sparsity,
-        "live": report.live, "effective_sparsity": report.effective_sparsity, "active_parameters": report.active_parameters,
-        "total_parameters": report.total_parameters, "history": job.history, "curves": job.curves,
+        "live": live, "effective_sparsity": None if live is None else 1 - live / mask.size,
+        "active_parameters": report.active_parameters, "total_parameters": report.total_parameters,
+        "history": job.history, "curves": job.curves,
     }  # fmt: skip
     write(job.out / "result.json", json.dumps(result, indent=1))
     return result
