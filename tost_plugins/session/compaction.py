@@ -11,6 +11,7 @@ from tost_plugins.channels import slices
 from tost_plugins.channels.plan import plan
 from tost_plugins.masks.base import MaskMethod, Moving
 from tost_plugins.masks.mask import Mask
+from tost_plugins.masks.paths.connectivity import Connectivity
 from tost_plugins.session.wiring import Wiring
 from tost_plugins.training import sharding
 from tost_plugins.training.log import say
@@ -24,7 +25,7 @@ class Compaction:
 
     def __init__(self, model: nn.Module, asked: bool, method: MaskMethod, wiring: Wiring) -> None:
         self.model, self.asked, self.method, self.wiring = model, asked, method, wiring
-        self._planned: Mapping[str, Tensor] | None = None
+        self._planned: Connectivity | None = None  # what was connected when it was last planned
 
     @contextlib.contextmanager
     def attaching(self, left_out: list[str]) -> Iterator[None]:
@@ -60,10 +61,13 @@ class Compaction:
 
     def plan(self, mask: Mapping[str, Tensor], left_out: list[str]) -> None:
         """Leave out of the computation what this mask does not connect, and out of the mask, in place, what is not live."""
-        if not self.asked or self._same(mask):
+        if not self.asked:
             return
-        if self.wiring.paths is None or self.wiring.look(mask) is None:
+        found = self.wiring.look(mask)
+        if self.wiring.paths is None or found is None:
             self._give_up(left_out, "what the mask connects is not known")
+            return
+        if found is self._planned:
             return
         live = self.live(Mask(mask))
         for name, keep in mask.items():
@@ -72,7 +76,7 @@ class Compaction:
         slices.compute(self.model, made.parts)
         stay = "".join(f"; {count} channels without a path are computed for {why}" for why, count in made.whole.items())
         say(f"compact: {len(made.parts)} modules compute a part of their channels{stay}")
-        self._planned = {name: keep.clone() for name, keep in mask.items()}
+        self._planned = self.wiring.known
 
     def detach(self) -> None:
         """The model's own forward pass."""
@@ -82,7 +86,3 @@ class Compaction:
         left_out.append(f"compact ({why})")
         self.asked = False
         slices.remove(self.model)
-
-    def _same(self, mask: Mapping[str, Tensor]) -> bool:
-        before = self._planned
-        return before is not None and all(bool((mask[name] == keep).all()) for name, keep in before.items())
