@@ -11,6 +11,7 @@ PYTEST = OMP_NUM_THREADS=1 TOST_ALLOW_SKIPS="$(1)" $(2)/bin/pytest
 
 demo: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/tost compare quickstart --out demo --resume
+	OMP_NUM_THREADS=1 .venv/bin/tost speed quickstart_compact --out demo/speed
 
 test: .venv/installed
 	$(call PYTEST,,.venv) -n $(WORKERS) --dist worksteal
