@@ -201,6 +201,35 @@ def test_what_cannot_be_sliced_stays_whole_and_is_named(make: Any, said: str, ca
     assert "fc" not in compact["parts"]
 
 
+class Auxiliary(nn.Module):
+    """Has a second head while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.aux, self.fc = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x).relu()
+        out = self.fc(self.conv2(x).mean((2, 3)))
+        return out + 0.3 * self.aux(x.mean((2, 3))) if self.training else out
+
+
+def test_a_head_for_training_alone_is_seen_to() -> None:
+    torch.manual_seed(0)
+    net = Auxiliary().double()
+    loader = [(torch.randn(4, 3, 8, 8).double(), torch.randint(4, (4,))) for _ in range(4)]
+    session = Session(
+        net, {"mask": {"kind": "random", "sparsity": 0.5}, "compact": True}, with_dead_channels(net)
+    ).attach()
+    session.start(torch.optim.SGD(net.parameters(), lr=0.1), loader)
+    assert session.left_out == [
+        "compact (the network in eval mode does not run aux, whose channels nobody knows)"
+    ] and not parts(net)
+    net.train()(loader[0][0]).sum().backward()
+    session.finish()
+
+
 def test_what_a_hook_sees_stays_whole() -> None:
     net, loader = network("functional"), batches("functional")
     shapes: list[Any] = []

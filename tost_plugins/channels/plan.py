@@ -262,3 +262,10 @@ def plan(model: nn.Module, tape: Tape, live: Mapping[str, Tensor]) -> Plan:
         for channels in calls[0]:
             planner._places(channels)
     return planner.plan()
+
+
+def not_run(model: nn.Module, tape: Tape) -> list[str]:
+    """Modules with parameters, and none inside, that the followed forward pass did not run: heads for training alone, say."""
+    ran = {call.module for call in tape.calls}
+    leaves = [(clean_name(path), module) for path, module in plain_modules(model) if not list(module.children())]
+    return [path for path, module in leaves if path not in ran and list(module.parameters())]

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from tost_plugins.channels import slices
-from tost_plugins.channels.plan import plan
+from tost_plugins.channels.plan import not_run, plan
 from tost_plugins.masks.base import MaskMethod, Moving
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.paths.connectivity import Connectivity
 from tost_plugins.session.wiring import Wiring
 from tost_plugins.training import sharding
 from tost_plugins.training.log import say
+from tost_plugins.training.params import some
 
 
 class Compaction:
@@ -66,6 +67,11 @@ class Compaction:
         found = self.wiring.look(mask)
         if self.wiring.paths is None or found is None:
             self._give_up(left_out, "what the mask connects is not known")
+            return
+        if unseen := not_run(self.model, self.wiring.paths.tape):
+            self._give_up(
+                left_out, f"the network in eval mode does not run {some(unseen, 3)}, whose channels nobody knows"
+            )
             return
         if found is self._planned:
             return
