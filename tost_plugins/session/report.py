@@ -41,8 +41,10 @@ class Report:
     def __str__(self) -> str:
         ghosts = f" ({self.ghost_parameters:,} of them ghosts)" if self.ghost_parameters else ""
         idle = ""
-        if self.effective_sparsity is not None and self.effective_sparsity > self.sparsity:
-            share = (1 - self.effective_sparsity) / (1 - self.sparsity)
+        share = (
+            1.0 if self.effective_sparsity is None else (1 - self.effective_sparsity) / max(1 - self.sparsity, 1e-12)
+        )
+        if share < 0.99995:
             idle = f" (effective {self.effective_sparsity:.4f}: of the kept weights {share:.4f} are live)"
         return (
             f"sparsity {self.sparsity:.4f}{idle} over {self.layers} layers, "
