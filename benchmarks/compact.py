@@ -32,7 +32,7 @@ Why the smaller networks miss their limits: what is left of ResNet-20's convolut
 a block, and a CPU that works on 16 numbers at once takes as long for 9 as for 16; the residual streams (16, 20, 39 channels) and
 the first, widest maps lose the fewest, with their norms and activations. VGG-16's first two layers lose no channel. Rounding the
 channels up to multiples of 4, 8 or 16 was tried, and no faster; with `channels_last` the compact steps of VGG-16, ResNet-18 and
-MobileNetV2 take 0.42x, 0.46x and 0.40x of the dense step without it, 0.48x, 0.57x and 0.69x of that with it (one run of 5 rounds).
+MobileNetV2 take 0.42x, 0.46x and 0.40x of the dense step without it, 0.48x, 0.57x and 0.69x of that with it (5 rounds).
 Memory: weights, gradients and momenta stay whole, and masks come on top.
 """
 
