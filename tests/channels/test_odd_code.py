@@ -160,3 +160,16 @@ def test_looking_leaves_no_attributes() -> None:
     live(net, mask, loader[0])
     assert not hasattr(net, "seen")
     copy.deepcopy(net)
+
+
+@pytest.mark.parametrize("budget", ["kept", "live"])
+def test_a_forward_that_uses_another_batch_has_no_paths(budget: str) -> None:
+    """Nothing of what it returns descends from what it was given: no mask of nothing, and no refusal of a good one."""
+    net, _, loader = found(Odd)
+    other = loader[1][0]
+    given: Any = {"batches": loader, "forward": lambda model, batch: model(other), "budget": budget}
+    if budget == "live":
+        with pytest.raises(tost_plugins.TostError, match="expected outputs that descend from the inputs, got none"):
+            tost_plugins.masks.find(net, "magnitude", 0.9, **given)
+    else:
+        assert tost_plugins.masks.find(net, "magnitude", 0.5, **given).kept > 0
