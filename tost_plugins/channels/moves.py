@@ -37,7 +37,7 @@ def moved(call: Call, known: Mapping[Value, Channels]) -> list[Channels] | None:
         axis = _axis_of(part)
         if axis is None:
             return None
-        results.append(Channels(axis, part.movedim(axis, 0).flatten(1)[:, 0].numpy().astype(np.int64)))
+        results.append(Channels(axis, part.movedim(axis, 0).unsqueeze(-1).flatten(1)[:, 0].numpy().astype(np.int64)))
     everything = np.unique(np.concatenate([channels.ids for channels in known.values()]))
     for left_out in (everything[:1], everything[1::2]):
         parts = _done(call, {value: _spread(value, channels, left_out) for value, channels in known.items()})

@@ -6,7 +6,7 @@ what comes between two modules hands them on, joins them, or, where it cannot be
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -61,6 +61,10 @@ class Planner:
         self.tape, self.atoms = tape, Atoms()
         self.modules = {clean_name(path): module for path, module in plain_modules(model)}
         self.of: dict[Value, Channels | None] = dict.fromkeys(tape.inputs)
+        self.users: dict[Value, set[str]] = defaultdict(set)  # weight -> the modules that compute with it
+        for call in tape.calls:
+            for value in call.ins:
+                self.users[value].add(call.module if call.kind == "layer" else "")
         self.called: dict[str, list[tuple[Channels | None, Channels | None]]] = {}
         self.made: dict[Value, str] = {}  # by which convolution
         self.fills: dict[str, str] = {}  # norm -> the convolution in front of it
@@ -105,7 +109,7 @@ class Planner:
         weight = next((value for value in call.ins if value.weight), None)
         if own not in (*CONVOLUTIONS, nn.Linear) or transforms(module) or len(ins) != 1 or call.args[0] is not source:
             return None
-        if weight is not None and weight.weight != f"{call.module}.weight".lstrip("."):
+        if weight is not None and self.users[weight] != {call.module}:
             return None  # it is another layer's too
         axis = len(out.shape) - (1 if own is nn.Linear else len(module.kernel_size) + 1)  # type: ignore[arg-type]
         count, groups = out.shape[axis], getattr(module, "groups", 1)
@@ -150,7 +154,7 @@ class Planner:
         shape = call.outs[0].shape
         known = [(value, found) for value in ins if (found := self.of[value]) is not None]
         axes = {found.axis - len(value.shape) for value, found in known}
-        if len(axes) != 1 or any(out.shape != shape for out in call.outs):
+        if len(axes) != 1 or len(shape) < -min(axes) or any(out.shape != shape for out in call.outs):
             return None
         back = axes.pop()
         size = shape[back]
@@ -215,7 +219,8 @@ class Planner:
         kept = {int(root) for root in self.why}
         for value, found in self.of.items():
             if found is not None:
-                reached = reach[value].detach().movedim(found.axis, 0).flatten(1).any(1).cpu().numpy()
+                way = reach[value].detach().movedim(found.axis, 0).unsqueeze(-1).flatten(1)
+                reached = way.any(1).cpu().numpy()
                 self.atoms.pin(found.ids[reached])
                 kept -= set(self.atoms.roots(found.ids[reached]).tolist())
         why = {int(self.atoms.roots(np.array([root]))[0]): reason for root, reason in self.why.items() if root in kept}
@@ -265,7 +270,10 @@ def plan(model: nn.Module, tape: Tape, live: Mapping[str, Tensor]) -> Plan:
 
 
 def not_run(model: nn.Module, tape: Tape) -> list[str]:
-    """Modules with parameters, and none inside, that the followed forward pass did not run: heads for training alone, say."""
-    ran = {call.module for call in tape.calls}
-    leaves = [(clean_name(path), module) for path, module in plain_modules(model) if not list(module.children())]
-    return [path for path, module in leaves if path not in ran and list(module.parameters())]
+    """Modules with parameters of their own, none of which the followed forward pass used: heads for training alone, say."""
+    names = {id(param): clean_name(name) for name, param in model.named_parameters()}
+    found = {
+        clean_name(path): [names[id(param)] for param in module.parameters(recurse=False)]
+        for path, module in plain_modules(model)
+    }
+    return [path for path, own in found.items() if own and tape.used.isdisjoint(own)]

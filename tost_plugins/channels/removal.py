@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from tost_plugins.channels import sizes
 from tost_plugins.channels.plan import NORMS, Part, Planner
-from tost_plugins.channels.same import Constants, Outputs, by_path
+from tost_plugins.channels.same import Constants, Outputs, by_path, duplicate
 from tost_plugins.errors import TostError
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.paths.connectivity import Paths, refusal
@@ -61,7 +60,7 @@ def compact(model: nn.Module, mask: Mapping[str, Tensor], example: Any) -> nn.Mo
         )
     known = Task.of(model).params
     fitted = Mask(mask).fit({name: known[name] for name in mask if name in known})
-    plain = copy.deepcopy(model).eval()
+    plain = duplicate(model).eval()
     params = {name: Task.of(plain).params[name] for name in fitted}
     fitted.apply_(params)
     try:
@@ -177,7 +176,7 @@ def _read(tape: Tape, mask: Mask, device: torch.device) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for (name, _), way in zip(calls, ways, strict=True):
         dim = -1 if mask[name].ndim == 2 else 1 - int(way.ndim < mask[name].ndim)
-        leads = way.movedim(dim, 0).flatten(1).any(1)
+        leads = way.movedim(dim, 0).unsqueeze(-1).flatten(1).any(1)
         path = name.removesuffix("weight").removesuffix(".")
         found[path] = found[path] | leads if path in found else leads
     return found
@@ -186,7 +185,7 @@ def _read(tape: Tape, mask: Mask, device: torch.device) -> dict[str, Tensor]:
 @torch.no_grad()
 def built(plain: nn.Module, cut: Cut) -> nn.Module:
     """A copy of a network with these parts of its modules only."""
-    small, biases = copy.deepcopy(plain), cut.biases
+    small, biases = duplicate(plain), cut.biases
     modules = by_path(small)
     for path, part in cut.parts.items():
         module: Any = modules[path]

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
+from tost_plugins.masks.paths.connectivity import Paths
 from tost_plugins.training.batches import walk
 from tost_plugins.training.calling import call
 from tost_plugins.training.params import clean_name, plain_modules
@@ -38,7 +40,7 @@ class Outputs:
         self.batches = [example, _random(example)]
         self.own = [outputs(plain, batch) for batch in self.batches]
         try:
-            self.exact = copy.deepcopy(plain).double()
+            self.exact = duplicate(plain).double()
             self.wanted = [outputs(self.exact, self._like(batch)) for batch in self.batches]
         except (RuntimeError, TypeError):  # it makes tensors of another type itself
             self.exact, self.wanted = plain, self.own
@@ -50,7 +52,7 @@ class Outputs:
         def look(path: str, module: Any, args: tuple[Any, ...]) -> None:
             given = args[0]
             dim = given.ndim - 1 if isinstance(module, nn.Linear) else given.ndim - module.weight.ndim + 1
-            flat = given.detach().movedim(dim, 0).flatten(1)
+            flat = given.detach().movedim(dim, 0).unsqueeze(-1).flatten(1)
             same = (flat == flat[:, :1]).all(1).numpy(force=True)
             if path in seen:
                 same &= seen[path].same & (seen[path].values == flat[:, 0]).numpy(force=True)
@@ -78,14 +80,38 @@ class Outputs:
         except (RuntimeError, ValueError, IndexError, TypeError):  # it counts on how many channels there are
             return None
         most = CLOSE if self.exact is not self.plain else CLOSE_IN_LESS
-        if _apart(found, self.wanted, most) is None:
+        if apart(found, self.wanted, most) is None:
             return None
-        return _apart(own, self.own, CLOSE_IN_LESS)
+        return apart(own, self.own, CLOSE_IN_LESS)
 
     def _like(self, batch: Any) -> Any:
         if self.exact is self.plain:
             return batch
         return walk(lambda part: part.double() if _is_float(part) else part, batch)
+
+
+def said(paths: Paths, mask: Mapping[str, Tensor], wanted: list[Tensor] | None = None) -> list[Tensor] | None:
+    """What a network says under a mask to the batch that it was followed on, in float64 if it can; None where that is not
+    what is `wanted`, or where it does not run."""
+    for dtype in (torch.float64, None):
+        try:
+            found = paths.outputs(mask, dtype)
+        except Exception:  # the user's network may raise anything
+            continue
+        if wanted is not None and [part.dtype for part in found] == [part.dtype for part in wanted]:
+            double = all(part.dtype is torch.float64 for part in found)
+            return None if apart([found], [wanted], CLOSE if double else CLOSE_IN_LESS) is None else found
+        if wanted is None:
+            return found
+    return None
+
+
+def duplicate(net: nn.Module) -> Any:
+    """A copy, without the history of tensors that a forward pass has put aside in attributes."""
+    parts = [part for module in net.modules() for part in tree_flatten(vars(module))[0]]
+    return copy.deepcopy(
+        net, {id(part): part.detach() for part in parts if isinstance(part, Tensor) and not part.is_leaf}
+    )
 
 
 def by_path(net: nn.Module) -> dict[str, nn.Module]:
@@ -100,7 +126,7 @@ def outputs(net: nn.Module, batch: Any) -> list[Tensor]:
     return [part.detach().clone() for part in _floats(found)]
 
 
-def _apart(found: list[list[Tensor]], wanted: list[list[Tensor]], most: float) -> float | None:
+def apart(found: list[list[Tensor]], wanted: list[list[Tensor]], most: float) -> float | None:
     """The largest difference; None for other shapes, and where it is more than this share of the largest number, or than types
     of few bits round off."""
     largest = 0.0

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tost_plugins.channels import slices
 from tost_plugins.channels.plan import not_run, plan
+from tost_plugins.channels.same import said
 from tost_plugins.masks.base import MaskMethod, Moving
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.paths.connectivity import Connectivity
@@ -79,7 +80,12 @@ class Compaction:
         for name, keep in mask.items():
             keep.copy_(live[name])
         made = plan(self.model, self.wiring.paths.tape, mask)
+        slices.compute(self.model, {})
+        whole = said(self.wiring.paths, mask)
         slices.compute(self.model, made.parts)
+        if made.parts and whole is not None and said(self.wiring.paths, mask, whole) is None:
+            self._give_up(left_out, "its outputs would be others: code counts channels, or draws numbers for each")
+            return
         stay = "".join(f"; {count} channels without a path are computed for {why}" for why, count in made.whole.items())
         say(f"compact: {len(made.parts)} modules compute a part of their channels{stay}")
         self._planned = self.wiring.known

@@ -117,7 +117,8 @@ class Run:
     def take_mask(self, optimizers: Optimizers | None = None, fresh: bool = False) -> MaskedWeights:
         """Take the mask from the model's buffers, and bring all else in line with it."""
         params, method = self.params, self.recipe.mask
-        self.compaction.plan(buffers.beside(self.model, params), self.tweaks.left_out)
+        with self.tweaks.quiet():
+            self.compaction.plan(buffers.beside(self.model, params), self.tweaks.left_out)
         if isinstance(method, Moving):
             weights = self._keep(MovingWeights(self.model, params, method, self.recipe.seed, self.wiring))
         else:

@@ -213,7 +213,7 @@ def owners(model: nn.Module, params: dict[str, nn.Parameter]) -> dict[str, nn.Mo
     by_id = {id(param): name for name, param in params.items()}
     found: dict[str, nn.Module] = {}
     for _, module in plain_modules(model):
-        name = by_id.get(id(module._parameters.get("weight")))
+        name = by_id.get(id(dict(module._parameters.items()).get("weight")))
         if name is not None and is_layer(module):
             found.setdefault(name, module)
     return found

@@ -150,13 +150,14 @@ class _Run(nn.Module):
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, batches: Any = None, *, train: bool) -> Iterator[None]:
-    """Look at a model in train or eval mode and leave no trace: modes, random generators and the loader (the task's batches)
-    return, and gradient checkpointing runs nothing a second time.
+    """Look at a model in train or eval mode and leave no trace: modes, attributes that a forward pass sets, random generators
+    and the loader (the task's batches) return, and gradient checkpointing runs nothing a second time.
 
     Weights, gradients and buffers are safe because `Task` works on copies.
     """
     modes = [(module, module.training) for module in model.modules()]
     own = [undo for module in model.modules() for undo in generators(module)]
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     with contextlib.ExitStack() as stack:
         stack.enter_context(reading(batches, device_of(model)))
         stack.enter_context(rng.aside(device_of(model)))
@@ -171,6 +172,10 @@ def untouched(model: nn.Module, batches: Any = None, *, train: bool) -> Iterator
                 module.training = mode
             for undo in own:
                 undo()
+            for now, before in attributes:
+                for name in now.keys() - before.keys():
+                    del now[name]
+                now.update(before)
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,8 +68,8 @@ class Paths:
     """
 
     def __init__(self, task: Task) -> None:
-        self.device, self.names = task.device, list(task.params)
-        self.tape = _followed(task)
+        self.device, self.names, self.task = task.device, list(task.params), replace(task, batches=None)
+        self.tape, self.batch = _followed(task)
         self.unseen = tuple(name for name in self.names if not any(self._reads(call, name) for call in self.tape.calls))
 
     def connectivity(self, mask: Mapping[str, Tensor]) -> Connectivity:
@@ -94,6 +94,19 @@ class Paths:
         reaches to what leads to the outputs already; all of a layer that the forward pass did not run."""
         found, _ = self._reach(mask).back([])
         return found | {name: torch.ones_like(found[name]) for name in self.unseen}
+
+    def outputs(self, mask: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+        """What the network in eval mode says under this mask to the batch that it was followed on, in a type or in its own."""
+        weights = {
+            clean_name(name): param.detach().to(dtype or param.dtype, copy=True)
+            for name, param in self.task.model.named_parameters()
+        }
+        with untouched(self.task.model, train=False), torch.no_grad():
+            for name, weight in self.task.leaves(weights).items():
+                weight.mul_(mask[name].to(weight.device))
+            batch = walk(lambda part: _cast(part, dtype), self.batch)
+            found = list(_floats(self.task.outputs(weights, batch, dtype, labels=False)))
+        return [tensor.detach().clone() for tensor in found if tensor.is_floating_point()]
 
     def _both(self, joins: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kept = {name: mask[name].to(self.device) for name in self.names}
@@ -175,13 +188,21 @@ def _channels(parts: tuple[Tensor, ...], dim: int) -> Tensor:
     return torch.stack(found).any(0)
 
 
-def _followed(task: Task) -> Tape:
+def _cast(part: Any, dtype: torch.dtype | None) -> Any:
+    """A part of a batch to be written into."""
+    if not isinstance(part, Tensor):
+        return part
+    return part.detach().to(dtype if dtype and part.is_floating_point() else part.dtype, copy=True)
+
+
+def _followed(task: Task) -> tuple[Tape, Any]:
+    """The tape, and the batch that the network ran on."""
     problem: BaseException | None = None
     with untouched(task.model, task.batches, train=False):
         weights = {clean_name(name): param.detach().clone() for name, param in task.model.named_parameters()}
         for batch in _samples(task):
             try:
-                return _tape(task, weights, batch)
+                return _tape(task, weights, batch), batch
             except Exception as error:  # the user's network may raise anything
                 problem = error.__cause__ or error
     raise TostError(
@@ -190,11 +211,14 @@ def _followed(task: Task) -> Tape:
 
 
 def _tape(task: Task, weights: dict[str, Tensor], batch: Any) -> Tape:
-    follow = Follow(task.leaves(weights))
+    follow, batch = Follow(task.leaves(weights), weights), walk(lambda part: _cast(part, None), batch)
     for tensor in _floats(batch):
         follow.begin(tensor.requires_grad_() if tensor.is_floating_point() else tensor)
     handles = [
-        handle for path, module in plain_modules(task.model) for handle in _hooked(follow, clean_name(path), module)
+        handle
+        for path, module in plain_modules(task.model)
+        if not isinstance(module, torch.jit.ScriptModule)  # takes no hooks
+        for handle in _hooked(follow, clean_name(path), module)
     ]
     try:
         with follow:
@@ -204,7 +228,7 @@ def _tape(task: Task, weights: dict[str, Tensor], batch: Any) -> Tape:
             handle.remove()
     for tensor in _floats(outputs):
         follow.end(tensor)
-    if not follow.tape.outputs:
+    if not any(value.descends for value in follow.tape.outputs):
         raise TostError("expected outputs that descend from the inputs, got none")
     return follow.tape
 
