@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from command import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -349,3 +350,7 @@ def test_a_network_that_does_not_run_is_an_error_that_asks_for_batches() -> None
         TostError, match=r"connectivity: expected a network that runs on one batch, got .*; pass batches"
     ):
         masks.live(Odd(), Mask({"fc.weight": torch.ones(2, 3)}))
+
+
+def test_what_is_no_mask_is_refused() -> None:
+    refused(lambda: masks.live(nn.Linear(2, 1), None), "live: expected a mask", "got NoneType")

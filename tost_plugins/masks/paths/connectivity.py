@@ -156,6 +156,10 @@ def live(model: nn.Module, mask: Mapping[str, Tensor], batch: Any = None) -> Mas
         >>> live(net, mask)["0.weight"].tolist()
         [[False, False], [True, True]]
     """
+    if not isinstance(mask, Mapping):
+        raise TostError(
+            f"live: expected a mask (name -> tensor), got {type(mask).__name__}; see masks.find and Mask.load"
+        )
     from_batch = None if batch is None else [batch]
     task = Task.of(model, batches=from_batch)
     names = {name: task.params[name] for name in mask if name in task.params}
