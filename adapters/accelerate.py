@@ -26,7 +26,7 @@ class TostHook:
     Accelerate has no hooks for training loops: this object uses the optimizer's own, so that accumulation and skipped
     steps count right, saves its state with `accelerator.save_state`, and logs through `accelerator.log`. `recipe` is a
     Recipe, a dict, a path or a shipped name (None: "tost_any_mask"); overrides are `mask` (a kind, a path, a dict or a
-    Mask), `sparsity`, `tweaks` and `seed`.
+    Mask), `sparsity`, `tweaks`, `seed`, `compact`, `watch`.
 
     Example:
         tost = TostHook("tost_any_mask", accelerator)

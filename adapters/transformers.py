@@ -34,7 +34,7 @@ class TostCallback(TrainerCallback, ExportableState):
 
     Give it to the Trainer's constructor; `trainer.add_callback` comes too late and is an error, and so is `model_init`.
     `recipe` is a Recipe, a dict, a path or a shipped name (None: "tost_any_mask"); overrides are `mask` (a kind, a path,
-    a dict or a Mask), `sparsity`, `tweaks` and `seed`. Masks and initialisations that look at data use the loss that the
+    a dict or a Mask), `sparsity`, `tweaks`, `seed`, `compact`, `watch`. Masks and initialisations that look at data use the loss that the
     model returns; `forward(model, batch)` and `criterion(outputs, batch)` say how else it is called, and what else its loss is.
 
     Label smoothing acts on the loss that the model returns or an overridden `compute_loss` computes; with an own loss pass
