@@ -34,8 +34,9 @@ class TostCallback(TrainerCallback, ExportableState):
 
     Give it to the Trainer's constructor; `trainer.add_callback` comes too late and is an error, and so is `model_init`.
     `recipe` is a Recipe, a dict, a path or a shipped name (None: "tost_any_mask"); overrides are `mask` (a kind, a path,
-    a dict or a Mask), `sparsity`, `tweaks`, `seed`, `compact`, `watch`. Masks and initialisations that look at data use the loss that the
-    model returns; `forward(model, batch)` and `criterion(outputs, batch)` say how else it is called, and what else its loss is.
+    a dict or a Mask), `sparsity`, `tweaks`, `seed`, `compact`, `watch`. Masks and initialisations that look at data use the
+    loss that the model returns; `forward(model, batch)` and `criterion(outputs, batch)` say how else it is called, and what
+    else its loss is.
 
     Label smoothing acts on the loss that the model returns or an overridden `compute_loss` computes; with an own loss pass
     `compute_loss_func=callback.criterion(loss_fn)`. `load_best_model_at_end` chooses among the checkpoints from the
