@@ -67,7 +67,8 @@ class TostAlgorithm(Algorithm):
     `recipe` is a Recipe, a dict, a path or a shipped name (None: "tost_any_mask"); overrides are `mask` (a kind, a
     path, a dict or a Mask), `sparsity`, `tweaks`, `seed`, `compact`, `watch`. Put it behind what replaces layers (BlurPool,
     say) and in front of EMA and SWA in the list; the place of GradientClipping does not matter. Raises
-    TostError on a bad recipe at once, and when the Trainer is made if a part of it has nothing to act on, or something else smooths labels as well.
+    TostError on a bad recipe at once, and when the Trainer is made if a part of it has nothing to act on, or something else
+    smooths labels as well.
 
     Example:
         >>> TostAlgorithm(sparsity=0.9).recipe.mask.sparsity
