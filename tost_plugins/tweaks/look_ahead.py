@@ -103,7 +103,7 @@ def _norm(tensors: Mapping[str, Tensor]) -> Tensor:
 def _mean(grads: dict[str, Tensor], loss: Tensor) -> tuple[dict[str, Tensor], float]:
     """Gradients and loss averaged over the ranks."""
     shared = ranks.mean({**grads, "": loss})
-    return {name: shared[name] for name in grads}, float(shared[""])
+    return {name: shared[name] for name in grads}, float(shared[""].detach())
 
 
 def _check_finite(what: str, *values: float) -> None:
