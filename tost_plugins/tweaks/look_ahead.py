@@ -47,7 +47,7 @@ class Objective(NamedTuple):
         seen: Any = vjp(lambda theta: self.gradient(theta, batch), theta, has_aux=True)
         local, pull, loss = seen
         grads, loss = _mean(local, loss)
-        length = float(ranks.mean({"": _norm(grads)})[""])  # by way of the ranks: all must decide alike
+        length = float(ranks.mean({"": _norm(grads)})[""].detach())  # by way of the ranks: all must decide alike
         _check_finite("loss and gradient norm", loss, length)
         if length > self.norm:
             (slopes,) = pull({name: grad / length for name, grad in grads.items()})
@@ -65,7 +65,7 @@ class Objective(NamedTuple):
         theta = {name: w * s.to(w.dtype) for (name, w), s in zip(weights.items(), scales, strict=True)}
         found, look = self.by_theta(theta, batch, following)
         slopes = torch.stack([(found[name] * weight).sum().float() for name, weight in weights.items()])
-        slopes = ranks.mean({"": slopes})[""]
+        slopes = ranks.mean({"": slopes})[""].detach()
         size = slopes.abs()
         _check_finite("slope for each scale", float(size.sum()))
         # A bias in front of a norm has no effect but rounding noise, which Adam would blow up to full steps.
