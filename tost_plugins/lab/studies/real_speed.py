@@ -39,7 +39,7 @@ def _cells(content: Content, size: Size, seeds: Sequence[int]) -> list[Cell]:
         for sparsity in _SPARSITIES[size]:
             for name, method in _METHODS.items():
                 for budget in ("kept", "live"):
-                    labels = {"method": name if budget == "kept" else f"{name}, live", "sparsity": sparsity}
+                    labels = {"method": name, "budget": budget, "sparsity": sparsity}
                     mask = {**method, "sparsity": sparsity, "budget": budget}
                     changes = {"mask": mask, "compact": True}
                     made.append(cell(content, f"{name}-{budget}-{sparsity}", seed, labels, changes))
@@ -55,6 +55,7 @@ def _rows(records: Sequence[Record], size: Size) -> list[Row]:
         mask = Mask.load(record["folder"] / "mask.safetensors")
         for what, share in _times(record["folder"], recipe, mask, _ROUNDS[size]).items():
             accuracy = record["result"]["test_accuracy"]
+            what = f"{what}, budget: {record['labels']['budget']}"  # ten lines on one axis are too many to tell apart
             found.append({**record["labels"], "what": what, "measured": share, "test_accuracy": accuracy})
     keys = ("method", "sparsity", "what")
     for row in found:
