@@ -12,6 +12,7 @@ from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.task import Task
 from tost_plugins.tweaks import Tweak
+from tost_plugins.tweaks.base import Step
 
 
 class ActiveTweaks:
@@ -53,6 +54,22 @@ class ActiveTweaks:
         """Go on without a tweak."""
         self.left_out.append(f"{tweak.kind} ({why})")
         self.active = [other for other in self.active if other is not tweak]
+
+    @property
+    def around_steps(self) -> bool:
+        """Whether one of them acts on gradients or after the step."""
+        own = (Tweak.before_step, Tweak.after_step)
+        return any((type(tweak).before_step, type(tweak).after_step) != own for tweak in self.active)
+
+    def before_step(self, step: Step) -> None:
+        """With final gradients, before the optimizer's step."""
+        for tweak in self.active:
+            tweak.before_step(self.model, step)
+
+    def after_step(self, step: Step) -> None:
+        """When the optimizer has stepped."""
+        for tweak in self.active:
+            tweak.after_step(self.model, step)
 
     def advance(self, clock: Clock) -> None:
         """Set the strengths for the step that comes next."""

@@ -54,6 +54,20 @@ class Optimizers:
         found = {id(group): group for each in holders for group in getattr(each, "param_groups", ())}
         return iter(found.values())
 
+    def rates(self) -> dict[int, float]:
+        """The learning rate of each parameter's group as it is now, by the parameter's id."""
+        return {
+            id(p): float(group.get("lr", 0.0))
+            for each in self.inner
+            for group in each.param_groups
+            for p in group["params"]
+        }
+
+    @property
+    def sits_out(self) -> bool:
+        """Whether the step at hand is not taken: the mask moves in its place."""
+        return self._sits_out
+
     def join(self, companions: Iterable[tuple[nn.Parameter, nn.Parameter]], model: nn.Module) -> None:
         """Put each added parameter into the group of the parameter beside it, where none of them has it, and its name where
         an optimizer was made from named parameters. Raises TostError where ranks have shared the parameters among them."""

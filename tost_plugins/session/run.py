@@ -25,6 +25,7 @@ from tost_plugins.training import sharding
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.params import prunable
 from tost_plugins.training.task import Task
+from tost_plugins.tweaks.base import Step
 
 
 class Run:
@@ -38,6 +39,7 @@ class Run:
         self.compaction = Compaction(model, recipe.compact, recipe.mask, self.wiring)
         self.layers: tuple[str, ...] | None = None  # what has masks, from attach on
         self._places: Places | None = None
+        self._taken = False  # whether tweaks have seen the gradients of the step at hand
         self._watcher: Any = None  # what the recipe's `watch` makes
 
     @property
@@ -89,8 +91,22 @@ class Run:
             self._take_saved()
             self.take_mask()
 
+    def before_step(self, optimizers: Optimizers | None) -> None:
+        """With gradients final and masked: what tweaks make of them, unless the step at hand is not to be taken."""
+        self._taken = optimizers is not None and not optimizers.sits_out and self.tweaks.around_steps
+        if self._taken and optimizers is not None:
+            self.tweaks.before_step(self._around(optimizers))
+
+    def _around(self, optimizers: Optimizers) -> Step:
+        assert self.weights is not None
+        rates = optimizers.rates()
+        return Step(self.weights.weights, self.weights.kept, lambda param: rates.get(id(param), 0.0), self.clock)
+
     def step(self, step: int | None, optimizers: Optimizers | None) -> None:
         """When an optimizer step is done: removed weights are 0, the mask moves, schedules advance."""
+        taken, self._taken = self._taken, False
+        if taken and optimizers is not None:
+            self.tweaks.after_step(self._around(optimizers))
         self.clock = self.clock.at(self.clock.step + 1 if step is None else step)
         assert self.weights is not None
         self.weights.after_step(self.clock, optimizers)

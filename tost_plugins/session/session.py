@@ -153,6 +153,8 @@ class Session(Loops):
         if check_finite and self.optimizers is not None:
             checks.gradients(self.model, self.optimizers, self.clock)
         self.weights.before_step(self.optimizers, check_finite)
+        if self.state == "running":
+            self.run.before_step(self.optimizers)
 
     def after_step(self, step: int | None = None) -> None:
         """After the optimizer's step: set removed weights to exactly 0, count the step and advance the schedules.

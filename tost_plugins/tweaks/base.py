@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ConfigDict
@@ -14,6 +15,17 @@ from tost_plugins.training.task import Task
 
 #: How every tweak is declared: `@pydantic.dataclasses.dataclass(frozen=True, config=STRICT, kw_only=True)`.
 STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a tweak may act on around an optimizer's step: the masked weights by name, each mask as numbers of the weight's own
+    dtype and place (1 kept, 0 removed), the learning rate of a weight's group, and the steps finished before this one."""
+
+    weights: Mapping[str, nn.Parameter]
+    kept: Mapping[str, Tensor]
+    rate: Callable[[nn.Parameter], float]
+    clock: Clock
 
 
 class Tweak:
@@ -45,6 +57,14 @@ class Tweak:
     def advance(self, model: nn.Module, clock: Clock) -> None:
         """Set the strength for the step that comes next. Before the first call, and after weights of a plain network were
         loaded, the forward pass is the plain network's."""
+
+    def before_step(self, model: nn.Module, step: Step) -> None:
+        """Once in every step, with gradients final, unscaled or not, and masked: the last word before the optimizer's. Not called
+        where the mask moves in place of the step."""
+
+    def after_step(self, model: nn.Module, step: Step) -> None:
+        """When the optimizer has stepped, its gradients still there: before removed weights become 0 and the step is counted.
+        Not called where a loss scaler has skipped the step."""
 
     def detach(self, model: nn.Module) -> None:
         """Give the model back its own modules, state-dict keys and forward pass."""
