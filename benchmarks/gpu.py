@@ -4,7 +4,8 @@
     python benchmarks/gpu.py --data FOLDER --out runs/gpu --parts table  # goes on with the cells that are left
     python benchmarks/gpu.py --out DIR --small                           # a toy, on whatever device there is
 
-Needs torch, torchvision, pytest and, for the table, datasets; no network. FOLDER/gpu.md is the page, from all that is there.
+Needs torch, torchvision, pytest and, for the table, datasets, with this package installed beside them; no network.
+FOLDER/gpu.md is the page, from all that is there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import json
 import logging
 import os
@@ -20,11 +22,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import run
 import torch
@@ -35,6 +39,7 @@ from torch.nn.utils import prune
 
 from tost_plugins import Mask, Session, masks
 from tost_plugins.lab import models
+from tost_plugins.session import compaction
 from tost_plugins.training.params import prunable
 
 HEAD = """# On a GPU
@@ -44,16 +49,19 @@ rounds of the ratio to the other contender in the same round, with its quartiles
 steps that are timed, so what the CPU adds counts too.
 """
 ABOUT = """
-SGD with momentum on random images. "static": SynFlow's mask of 98 %; "compact" the same with `compact: true`; "all tweaks":
-ghost skips and soft activations at work, and label smoothing; "after the ghosts": the same recipe when its schedules have ended;
-"over a run": a tenth of its steps with all tweaks, nine tenths after. "prune" is `torch.nn.utils.prune` with that mask. Each
-compiled contender is a network of its own that goes through `torch.compile` after the session is attached. float32 is as PyTorch
-comes: convolutions in TF32.
+SGD with momentum on random images. "static": SynFlow's mask of 98 %; "compact" the same with `compact: true`, which on a GPU
+fills its counts of channels up to multiples of 8, and "counts as they come" without that; "all tweaks": ghost skips and soft
+activations at work, and label smoothing; "after the ghosts": the same recipe when its schedules have ended; "over a run": a
+tenth of its steps with all tweaks, nine tenths after. "prune" is `torch.nn.utils.prune` with that mask. Each compiled contender
+is a network of its own that goes through `torch.compile` after the session is attached. float32 is as PyTorch comes:
+convolutions in TF32.
 """
 SPARSITY = 0.98
+_AS_THEY_COME = "compact, counts as they come"
 RECIPES: dict[str, dict[str, Any]] = {
     "static": {},
     "compact": {"compact": True},
+    _AS_THEY_COME: {"compact": True},
     "all tweaks": {"tweaks": tweaks("1dur")},
     "after the ghosts": {"tweaks": tweaks("1ba")},
 }
@@ -62,17 +70,19 @@ RATIOS = [
     Ratio("dense again", "dense again", "dense"),
     Ratio("static", "static", "dense", most=1.01),
     Ratio("compact", "compact", "dense", most=0.6),
+    Ratio(_AS_THEY_COME, _AS_THEY_COME, "dense"),
     Ratio("all tweaks", "all tweaks", "dense", most=1.25),
     Ratio("over a run", "all tweaks", "dense", most=1.03, share=0.1, rest="after the ghosts"),
     Ratio("prune", "prune", "dense"),
     Ratio("peak memory of a compact step", "memory, compact", "memory, dense", unit="B"),
     Ratio("peak memory of a static step", "memory, static", "memory, dense", unit="B"),
+    *(Ratio(f"waits for the device in a step: {name}", f"waits, {name}", unit="") for name in ("dense", *RECIPES)),
 ]
 TABLE = ("reproduce", "table2", "--protocol", "short", "--masks", "random,snip,grasp,synflow")
 TOY = ("reproduce", "table2", "--protocol", "cpu", "--masks", "random", "--sparsities", "98", "--seeds", "1",
        "--set", "duration=2ba", "--set", "data={name: digits}", "--set", "model=cifar/resnet8")  # fmt: skip
 #: Part -> the share of the time that it may take of what is left when it starts.
-PARTS = {"tests": 0.2, "steps": 0.5, "table": 1.0}
+PARTS = {"tests": 0.12, "steps": 0.5, "table": 1.0}
 
 
 @dataclass(frozen=True)
@@ -84,15 +94,20 @@ class Case:
     size: int
     precision: str
     compiled: bool
+    only: tuple[str, ...] = CONTENDERS
 
     def __str__(self) -> str:
         how = f"{self.precision}, {'compiled' if self.compiled else 'eager'}"
         return f"{self.model.rpartition('/')[2]}, {self.batch} images of {self.size} px, {how}"
 
 
+_FEW = ("dense", "static", "compact")  # compilation takes most of the time
 CASES = [
-    *(Case("torchvision/resnet50", 64, 224, precision, False) for precision in ("bf16", "float32")),
-    *(Case("torchvision/resnet50", 64, 224, precision, True) for precision in ("bf16", "float32")),
+    Case("torchvision/resnet50", 256, 224, "bf16", False),
+    Case("torchvision/resnet50", 256, 224, "float32", False),
+    Case("torchvision/resnet50", 64, 224, "bf16", False),
+    Case("torchvision/resnet50", 256, 224, "bf16", True, _FEW),
+    Case("torchvision/resnet50", 256, 224, "float32", True, _FEW),
 ]
 SMALL = [Case("cifar/resnet8", 8, 16, "bf16", False), Case("cifar/resnet8", 8, 16, "float32", False)]
 
@@ -106,22 +121,22 @@ def steps(device: torch.device, small: bool, until: float) -> Iterator[Row]:
         if time.monotonic() > until:
             print(f"no time was left for {case}", flush=True)
             continue
-        began, mask = time.monotonic(), _mask(case, device)
+        began, mask = time.monotonic(), _mask(case.model, case.size, device)
         with ExitStack() as stack:
-            made = {name: _step(name, case, mask, device, stack) for name in CONTENDERS}
+            made = {name: _step(name, case, mask, device, stack) for name in case.only}
             for name, step in made.items():
-                yield from _peak(case, name, step, device)
+                yield from _first(case, name, step, device)
             print(f"{case}: ready after {time.monotonic() - began:.0f} s", flush=True)
-            contenders = {name: _several(step, 2 if small else 10, device) for name, step in made.items()}
-            yield from timed(str(case), contenders, 3 if small else 9, warm_up=1)
+            contenders = {name: _several(step, 2 if small else 4, device) for name, step in made.items()}
+            yield from timed(str(case), contenders, 3 if small else 7, warm_up=1)
             stack.pop_all()  # the runs are not finished: leave without a word
         torch.compiler.reset()
 
 
-def _mask(case: Case, device: torch.device) -> Mask:
+@functools.cache
+def _mask(model: str, size: int, device: torch.device) -> Mask:
     torch.manual_seed(0)
-    model = models.build(case.model, 10).to(device)
-    return masks.find(model, "synflow", SPARSITY, input_shape=(3, case.size, case.size))
+    return masks.find(models.build(model, 10).to(device), "synflow", SPARSITY, input_shape=(3, size, size))
 
 
 def _step(name: str, case: Case, mask: Mask, device: torch.device, stack: ExitStack) -> Callable[[], None]:
@@ -143,7 +158,9 @@ def _step(name: str, case: Case, mask: Mask, device: torch.device, stack: ExitSt
         spec = {"mask": {"kind": "random", "sparsity": SPARSITY}, **RECIPES[name]}
         session = Session(model, spec, mask).attach()
         loss_fn = session.criterion(loss_fn)
-        stack.enter_context(session.drive(optimizer, [(images[:2], labels[:2])], total_steps=10**9))
+        together = {} if name == _AS_THEY_COME else compaction.TOGETHER
+        with mock.patch.object(compaction, "TOGETHER", together):
+            stack.enter_context(session.drive(optimizer, [(images[:2], labels[:2])], total_steps=10**9))
     forward = torch.compile(model) if case.compiled else model
     half = case.precision == "bf16"
 
@@ -162,8 +179,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _peak(case: Case, name: str, step: Callable[[], None], device: torch.device) -> Iterator[Row]:
-    """Three steps, compilation and all; on a GPU, the most memory that the last one adds to what it starts with."""
+def _first(case: Case, name: str, step: Callable[[], None], device: torch.device) -> Iterator[Row]:
+    """The first steps, compilation and all; on a GPU, the most memory that one adds, and how often the CPU waits for the GPU."""
     for _ in range(2):
         step()
     if device.type == "cuda":
@@ -172,6 +189,12 @@ def _peak(case: Case, name: str, step: Callable[[], None], device: torch.device)
         before = torch.cuda.memory_allocated()
         step()
         yield Row(str(case), f"memory, {name}", 0, torch.cuda.max_memory_allocated() - before, "B")
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            step()
+            torch.cuda.set_sync_debug_mode("default")
+        yield Row(str(case), f"waits, {name}", 0, sum("synchroniz" in str(wait.message) for wait in waits), "")
 
 
 def _several(step: Callable[[], None], count: int, device: torch.device) -> Contender:
@@ -193,7 +216,10 @@ def _several(step: Callable[[], None], count: int, device: torch.device) -> Cont
 
 def tests(out: Path, until: float) -> None:
     """All tests that need a GPU; what pytest says stays in tests.txt."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rA", "-p", "no:cacheprovider", "tests"]
+    marked = [
+        str(path) for path in sorted((run.ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()
+    ]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rA", "-p", "no:cacheprovider", *marked]
     _limited(command, out / "tests.txt", until)
 
 

@@ -239,6 +239,11 @@ class Planner:
             made.parts[path] = Part(inside, outside, groups, self._fill(path))
         return made
 
+    def fill_up(self, channels: Channels | None, together: int) -> None:
+        """Keep more channels, until their number is a multiple of this one."""
+        while channels is not None and (kept := self.atoms.pinned(channels.ids)).sum() % together and not kept.all():
+            self.atoms.pin(channels.ids[~kept][:1])
+
     def _fill(self, path: str) -> Tensor | float | None:
         """What a norm gets in channels whose filters have lost all weights: the convolution's bias."""
         source = self.fills.get(path)
@@ -260,12 +265,14 @@ class Planner:
         return np.flatnonzero(kept)
 
 
-def plan(model: nn.Module, tape: Tape, live: Mapping[str, Tensor]) -> Plan:
-    """What each module has to compute under a mask that keeps live weights only."""
+def plan(model: nn.Module, tape: Tape, live: Mapping[str, Tensor], together: int = 1) -> Plan:
+    """What each module has to compute under a mask that keeps live weights only; channels without a path fill up its counts
+    to multiples of `together`, as far as that goes."""
     planner = Planner(model, tape, live)
     for calls in planner.called.values():  # a first round, since a part that would be empty keeps one channel
         for channels in calls[0]:
             planner._places(channels)
+            planner.fill_up(channels, together)
     return planner.plan()
 
 

@@ -105,7 +105,8 @@ class SlicedOwnNorm(_Sliced):
         if self.tost_slices.part is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         params, stats = dict(self._parameters), dict(self._buffers)
-        counted = None if stats.get("num_batches_tracked") is None else int(stats["num_batches_tracked"])
+        counter = stats.get("num_batches_tracked")
+        counted = None if counter is None else counter._version  # its number would wait for the device
         try:
             for tensors in (self._parameters, self._buffers):
                 for name in {"weight", "bias", "running_mean", "running_var"} & tensors.keys():
@@ -115,10 +116,9 @@ class SlicedOwnNorm(_Sliced):
         finally:
             self._parameters.update(params)
             self._buffers.update(stats)
-        if counted is not None and mean is not None and var is not None and self.training:
-            now = int(self.num_batches_tracked)
-            step = 1.0 / max(now, 1) if self.momentum is None else self.momentum
-            _go_on(self, mean, var, step if now > counted else 0.0)
+        if counter is not None and mean is not None and var is not None and self.training:
+            step = 1.0 / max(int(self.num_batches_tracked), 1) if self.momentum is None else self.momentum
+            _go_on(self, mean, var, step if self.num_batches_tracked._version != counted else 0.0)
         return out
 
 
@@ -126,10 +126,11 @@ class SlicedOwnNorm(_Sliced):
 def _go_on(norm: Any, mean: Tensor, var: Tensor, step: float) -> None:
     """Write the statistics back; channels that are left out have seen a constant."""
     fill, kept = norm.tost_slices.part.fill, norm.tost_slices.outputs
-    if fill is not None:
-        seen = torch.as_tensor(fill, dtype=mean.dtype, device=mean.device).expand(norm.running_mean.shape)
-        norm.running_mean.lerp_(seen, step)
+    if isinstance(fill, Tensor):
+        norm.running_mean.lerp_(fill.to(mean), step)
         norm.running_var.mul_(1 - step)
+    elif fill is not None:  # 0, where the convolution has no bias: a tensor made of it here would wait for the device
+        torch._foreach_mul_([norm.running_mean, norm.running_var], 1 - step)
     norm.running_mean.index_copy_(0, kept.to(mean.device), mean)
     norm.running_var.index_copy_(0, kept.to(var.device), var)
 

@@ -16,7 +16,10 @@ from tost_plugins.masks.paths.connectivity import Connectivity
 from tost_plugins.session.wiring import Wiring
 from tost_plugins.training import sharding
 from tost_plugins.training.log import say
-from tost_plugins.training.params import some
+from tost_plugins.training.params import device_of, some
+
+#: Device type -> how many channels its units take at a time; 1 elsewhere.
+TOGETHER = {"cuda": 8}
 
 
 class Compaction:
@@ -79,7 +82,7 @@ class Compaction:
         live = self.live(Mask(mask))
         for name, keep in mask.items():
             keep.copy_(live[name])
-        made = plan(self.model, self.wiring.paths.tape, mask)
+        made = plan(self.model, self.wiring.paths.tape, mask, TOGETHER.get(device_of(self.model).type, 1))
         slices.compute(self.model, {})
         whole = said(self.wiring.paths, mask)
         slices.compute(self.model, made.parts)
