@@ -2,9 +2,10 @@
 
     python benchmarks/schedules.py --out runs/schedules --seed 10 --seeds 2 --jobs 2     # TOST_DATA: folder with cifar10/
 
-bf16, a thread per run; `--halved` trains on images of 16 x 16 pixels, four times as fast. All settings of a seed train the
-same mask. Finished cells are not run again. Writes `schedules.csv` (a row per cell) and prints, for each mask and setting,
-mean and single values, and the mean gain over "plain".
+bf16, a thread per run; `--halved` trains on images of 16 x 16 pixels, four times as fast; `--steps N` ends runs there, whatever
+`--epochs` says. All settings of a seed train the same mask. Finished cells are not run again. Writes `schedules.csv` (a row per
+cell) and prints, for each mask, sparsity and setting, mean and single values, and the mean gain over "plain"; then each
+setting's mean gain over all pairs, with its standard error.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -47,8 +49,11 @@ def init(iterations: int, rate: float) -> dict[str, Any]:
 EVERYWHERE = "ghosts in dead channels too"
 KEPT = "skips that stay, and are counted in"  # not a sparse network: what ghosts are worth that nobody takes away
 INIT, SMOOTH = init(60, 0.01), smooth(0.05)
+DEFAULT = Recipe.of(None).to_dict()["tweaks"]
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "plain": [],
+    "default": DEFAULT,
+    "default, whatever the length": [{**tweak, "least_steps": 0} for tweak in DEFAULT],
     "skip 0.05": [skip(0.05)],
     "skip 0.15": [skip(0.15)],
     f"skip 0.05, {EVERYWHERE}": [skip(0.05)],
@@ -91,13 +96,13 @@ class Images:
             yield images.contiguous(memory_format=torch.channels_last), labels
 
 
-Key = tuple[int, str, str]  # seed, mask and setting
+Key = tuple[int, str, float, str]  # seed, mask, sparsity and setting
 
 
 def cell(options: argparse.Namespace, key: Key) -> float:
     """Validation accuracy in percent of one setting on one mask after its last epoch, from disk or trained here."""
-    seed, mask, setting = key
-    path = options.out / f"{mask}-{setting.replace(', ', '+').replace(' ', '_')}-seed{seed}.json"
+    seed, mask, sparsity, setting = key
+    path = options.out / f"{mask}-{sparsity:g}-{setting.replace(', ', '+').replace(' ', '_')}-seed{seed}.json"
     if not path.exists():
         torch.set_num_threads(1)
         path.write_text(json.dumps(train(options, *key)))
@@ -107,13 +112,13 @@ def cell(options: argparse.Namespace, key: Key) -> float:
 _load = functools.cache(data.load)
 
 
-def train(options: argparse.Namespace, seed: int, mask: str, setting: str) -> list[float]:
-    """Validation accuracy after each epoch."""
+def train(options: argparse.Namespace, seed: int, mask: str, sparsity: float, setting: str) -> list[float]:
+    """Validation accuracy after each epoch, and at the end."""
     content = Recipe.load("cifar10_short").to_dict() | {"seed": seed, "tweaks": SETTINGS[setting]}
     batches = {"batches": 2} if mask == "snip" else {}
-    content["mask"] = {"kind": mask, "sparsity": options.sparsity, "on_collapse": "keep_one", **batches}
-    recipe = Recipe.from_dict(content | {"data": {**content["data"], "limit": options.limit}})
-    found, spec, epochs, halved = _load(recipe.data), recipe.optimizer, options.epochs, options.halved
+    content["mask"] = {"kind": mask, "sparsity": sparsity, "on_collapse": "keep_one", **batches}
+    recipe = Recipe.from_dict(content | {"model": options.model, "data": {**content["data"], "limit": options.limit}})
+    found, spec, halved = _load(recipe.data), recipe.optimizer, options.halved
     torch.manual_seed(seed)
     model = models.build(recipe.model, 10, 3).train()
     kinds = {"seed": seed, "mean": found.mean, "std": found.std}
@@ -122,7 +127,7 @@ def train(options: argparse.Namespace, seed: int, mask: str, setting: str) -> li
     validation = Images(data.Loader(found.validation, 500, shuffle=False, augment=None, **kinds), halved)
     session = Session(model, recipe).attach()
     optimizer = torch.optim.SGD(model.parameters(), lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
-    total, loss_fn = epochs * len(loader), session.criterion(F.cross_entropy)
+    total, loss_fn = options.steps or options.epochs * len(loader), session.criterion(F.cross_entropy)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (1 + math.cos(math.pi * min(1, t / total))) / 2)
     history = []
     longer = setting == KEPT  # the last accuracy is from before the skips' end
@@ -130,9 +135,9 @@ def train(options: argparse.Namespace, seed: int, mask: str, setting: str) -> li
         if EVERYWHERE in setting:
             for ghost in ghosts(model):
                 ghost.alive.fill_(1)
-        for epoch in range(epochs):
+        for epoch in range(math.ceil(total / len(loader))):
             loader.set_epoch(epoch)
-            for images, labels in batches:
+            for images, labels in itertools.islice(batches, total - epoch * len(loader)):
                 with torch.autocast("cpu", torch.bfloat16):
                     outputs = model(images).float()
                 optimizer.zero_grad()
@@ -159,9 +164,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/schedules"))
     parser.add_argument("--halved", action="store_true", help="images of 16 x 16 pixels")
     parser.add_argument("--masks", nargs="*", default=["snip"], help="mask methods")
-    parser.add_argument("--sparsity", type=float, default=0.98)
+    parser.add_argument("--sparsities", nargs="*", type=float, default=[0.98])
+    parser.add_argument("--model", default="cifar/resnet20")
     parser.add_argument("--limit", type=int, default=20000, help="training images")
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--steps", type=int, help="in place of --epochs")
     parser.add_argument("--seed", type=int, default=10, help="the first seed")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=2)
@@ -169,19 +176,26 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     seeds = range(args.seed, args.seed + args.seeds)
-    cells = [(seed, mask, setting) for seed in seeds for mask in args.masks for setting in args.only]
+    rows = [(mask, sparsity) for mask in args.masks for sparsity in args.sparsities]
+    cells = [(seed, *row, setting) for seed in seeds for row in rows for setting in args.only]
     with ProcessPoolExecutor(args.jobs) as pool:
         found = dict(zip(cells, pool.map(functools.partial(cell, args), cells), strict=True))
     with (args.out / "schedules.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["mask", "setting", "seed", "validation_accuracy"])
-        writer.writerows([mask, setting, seed, f"{value:.2f}"] for (seed, mask, setting), value in found.items())
-    for mask in args.masks:
+        writer.writerow(["mask", "sparsity", "setting", "seed", "validation_accuracy"])
+        writer.writerows([*row, setting, seed, f"{value:.2f}"] for (seed, *row, setting), value in found.items())
+    for row in rows:
         for setting in args.only:
-            values = [found[seed, mask, setting] for seed in seeds]
-            gains = [found[seed, mask, setting] - found.get((seed, mask, "plain"), math.nan) for seed in seeds]
-            line = f"{mask:8s} {setting:66s} {statistics.mean(values):6.2f}  {statistics.mean(gains):+5.2f}"
+            values = [found[(seed, *row, setting)] for seed in seeds]
+            gains = [found[(seed, *row, setting)] - found.get((seed, *row, "plain"), math.nan) for seed in seeds]
+            line = (
+                f"{row[0]:8s} {row[1]:.2f} {setting:60s} {statistics.mean(values):6.2f}  {statistics.mean(gains):+5.2f}"
+            )
             print(line, " ".join(f"{value:.2f}" for value in values))
+    for setting in args.only if "plain" in args.only else ():
+        gains = [found[(seed, *row, setting)] - found[(seed, *row, "plain")] for seed in seeds for row in rows]
+        error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+        print(f"{setting:74s} {statistics.mean(gains):+5.2f}  (standard error {error:.2f}, {len(gains)} pairs)")
 
 
 if __name__ == "__main__":

@@ -121,3 +121,26 @@ def test_the_plain_rescaled_initialisation_is_the_librarys(
     torch.testing.assert_close(mine, list(other.values()), rtol=1e-4, atol=1e-4)
     assert mine != [1.0] * len(mine)
     assert f"above 1 in {above} of 3 iterations" in caplog.text  # either objective
+
+
+def test_what_is_run_on_a_gpu_runs_small_anywhere(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    command = [
+        sys.executable,
+        FOLDER / "gpu.py",
+        "--small",
+        "--minutes",
+        "4",
+        "--parts",
+        "steps",
+        "table",
+        "--out",
+        tmp_path,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = importlib.import_module("run").read(tmp_path / "gpu.csv")
+    steps = importlib.import_module("gpu_steps")
+    assert {row.contender for row in rows} >= set(steps.CONTENDERS) and all(row.value > 0 for row in rows)
+    page = (tmp_path / "gpu.md").read_text()
+    assert "| resnet8, 8 images of 16 px, bf16, eager | compact |" in page
+    assert "98 %" in page.partition("## Table 2")[2]

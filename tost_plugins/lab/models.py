@@ -182,14 +182,19 @@ def _resnet(blocks: int, widths: tuple[int, ...]) -> Callable[[int, int], nn.Mod
     return make
 
 
-def _vgg16(classes: int, in_channels: int) -> nn.Module:
-    layers: list[nn.Module] = []
-    for widths in _VGG16:
-        for width in widths:
-            layers.append(_conv_norm(in_channels, width))
-            in_channels = width
-        layers.append(nn.MaxPool2d(2, ceil_mode=True))  # ceil: an image already down to 1 x 1 stays so
-    return _with_head({"features": nn.Sequential(*layers)}, 512, classes)
+def _vgg16(share: int = 1) -> Callable[[int, int], nn.Module]:
+    """VGG-16 without its two hidden linear layers; each width divided by `share`."""
+
+    def make(classes: int, in_channels: int) -> nn.Module:
+        layers: list[nn.Module] = []
+        for widths in _VGG16:
+            for width in widths:
+                layers.append(_conv_norm(in_channels, width // share))
+                in_channels = width // share
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))  # ceil: an image already down to 1 x 1 stays so
+        return _with_head({"features": nn.Sequential(*layers)}, in_channels, classes)
+
+    return make
 
 
 def _mobilenet_v2(classes: int, in_channels: int) -> nn.Module:
@@ -204,7 +209,7 @@ def _mobilenet_v2(classes: int, in_channels: int) -> nn.Module:
 
 
 # Three stages of n blocks: depth 6n + 2. ResNet-32 is the widened one of the GraSP line of papers (1.9 M
-# parameters).
+# parameters). The slim VGG-16 has a quarter of the widths (0.9 M).
 _CIFAR: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet8": _resnet(1, (16, 32, 64)),
     "resnet14": _resnet(2, (16, 32, 64)),
@@ -214,7 +219,8 @@ _CIFAR: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet44": _resnet(7, (16, 32, 64)),
     "resnet56": _resnet(9, (16, 32, 64)),
     "resnet110": _resnet(18, (16, 32, 64)),
-    "vgg16": _vgg16,
+    "vgg16": _vgg16(),
+    "vgg16_slim": _vgg16(4),
     "mobilenet_v2": _mobilenet_v2,
 }
 

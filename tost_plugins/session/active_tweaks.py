@@ -20,6 +20,7 @@ class ActiveTweaks:
 
     def __init__(self, model: nn.Module, tweaks: Sequence[Tweak]) -> None:
         self.model, self.active = model, list(tweaks)
+        self.resting: list[Tweak] = []  # what they have put into the model is silent
         self.left_out: list[str] = []
         self.sizes = (0, 0)  # parameters of the model, and those of ghosts among them
 
@@ -41,6 +42,15 @@ class ActiveTweaks:
                 tweak.detach(self.model)
             self.active = wanted
             raise
+
+    def rest(self, clock: Clock) -> None:
+        """Let those rest for which the run is too short."""
+        for tweak in list(self.active):
+            if clock.total_steps is not None and clock.total_steps < tweak.least_steps:
+                self.leave_out(
+                    tweak, f"{clock.total_steps:,} steps are fewer than its least_steps, {tweak.least_steps:,}"
+                )
+                self.resting.append(tweak)
 
     def look(self, task: Task) -> None:
         """Once, before the mask is looked for."""
@@ -78,7 +88,7 @@ class ActiveTweaks:
 
     def detach(self) -> None:
         """Give the model its own forward pass back."""
-        for tweak in reversed(self.active):
+        for tweak in reversed([*self.active, *self.resting]):
             tweak.detach(self.model)
 
     @contextlib.contextmanager
@@ -91,12 +101,14 @@ class ActiveTweaks:
 
     def companions(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Pairs (added parameter, the parameter beside it)."""
-        return [pair for tweak in self.active for pair in tweak.companions(self.model)]
+        return _companions(self.model, [*self.active, *self.resting])
 
     def count(self) -> None:
         """Count the parameters: once, since trainers log them in every step."""
-        ghosts = sum(param.numel() for param, _ in self.companions())
-        self.sizes = sum(param.numel() for param in self.model.parameters()), ghosts
+        ghosts, silent = (
+            sum(param.numel() for param, _ in _companions(self.model, tweaks)) for tweaks in (self.active, self.resting)
+        )
+        self.sizes = sum(param.numel() for param in self.model.parameters()) - silent, ghosts
 
     def metrics(self) -> dict[str, float]:
         """What to log, by full name."""
@@ -118,3 +130,7 @@ class ActiveTweaks:
         if not tweak.optional:
             raise reason
         self.leave_out(tweak, str(reason).split(": ", 1)[-1].split(";")[0])
+
+
+def _companions(model: nn.Module, tweaks: Sequence[Tweak]) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    return [pair for tweak in tweaks for pair in tweak.companions(model)]

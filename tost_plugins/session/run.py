@@ -166,6 +166,7 @@ class Run:
 
     def _set(self, clock: Clock) -> None:
         self.clock = clock
+        self.tweaks.rest(clock)
         checks.times((self.recipe.mask, *self.tweaks), clock)
 
     def _tick(self) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
 from tost_plugins.training.clock import Clock
@@ -28,16 +29,19 @@ class Step:
     clock: Clock
 
 
+@pydantic_dataclass(frozen=True, config=STRICT, kw_only=True)
 class Tweak:
     """Settings, and functions of the model. Each step does nothing unless a tweak says otherwise.
 
     Whatever a tweak changes lives in the model, so that a copy or a checkpoint of it is complete, and any instance
     with the same settings can go on with it. `kind` is its name in recipes and in the registry; `optional` turns
-    "nothing to act on" into a log line.
+    "nothing to act on" into a log line; in a run of fewer optimizer steps than `least_steps` it rests, which a log line
+    says (0: never; where the length of a run is not known it acts).
     """
 
     kind: Any
-    optional: bool
+    optional: bool = False
+    least_steps: Annotated[int, Field(ge=0)] = 0
 
     def attach(self, model: nn.Module, seed: int, ignore: Sequence[str] = ()) -> None:
         """Change the structure, but not yet the forward pass; raises Inapplicable, with the model unchanged, if there is

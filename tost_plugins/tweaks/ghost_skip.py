@@ -160,7 +160,6 @@ class GhostSkip(Tweak):
     """
 
     kind: Literal["ghost_skip"] = "ghost_skip"
-    optional: bool = False
     until: TimeField = Time(0.1, "dur")
     schedule: Literal["constant", "linear", "cosine", "cubic"] = "linear"
     layers: tuple[str, ...] = Field(("*",), min_length=1)

@@ -212,5 +212,4 @@ class LabelSmoothing(Tweak):
     """
 
     kind: Literal["label_smoothing"] = "label_smoothing"
-    optional: bool = False
     alpha: Annotated[float, Field(ge=0, lt=1)] = 0.1

@@ -112,7 +112,6 @@ class RescaledInit(Tweak):
     """
 
     kind: Literal["rescaled_init"] = "rescaled_init"
-    optional: bool = False
     iterations: Annotated[int, Field(ge=1, le=100_000)] | None = None
     learning_rate: _Finite = 0.003
     look_ahead: _Finite = 0.1

@@ -46,16 +46,16 @@ def soft(
     """
     if inplace:
         # autograd keeps x as it is now, unless the curve begins with a product of its own
-        kept = shape != "pswish" or not isinstance(beta, Tensor) or x.dtype == torch.float16
+        kept = shape != "pswish" or x.dtype == torch.float16
         return x.copy_(soft(x.clone() if kept else x, beta, shape, cap))
     y = F.mish(x) if shape == "mish" else F.silu(x) if shape == "swish" else _pswish(x, beta)
     return y if cap is None else y.clamp(max=cap)
 
 
 def _pswish(x: Tensor, beta: Tensor | float) -> Tensor:
-    if not isinstance(beta, Tensor) or x.dtype == torch.float16:  # whose range beta * x may leave
+    if x.dtype == torch.float16:  # whose range beta * x may leave
         return x * torch.sigmoid(beta * x)
-    beta = beta.clamp(min=1e-20)  # type: ignore[union-attr]  # not 0, where the limit is the same
+    beta = beta.clamp(min=1e-20) if isinstance(beta, Tensor) else max(beta, 1e-20)  # not 0, where the limit is the same
     return F.silu(beta * x).div_(beta)  # two thirds of the time, backward pass included
 
 
@@ -162,7 +162,6 @@ class SoftActivation(Tweak):
     """
 
     kind: Literal["soft_activation"] = "soft_activation"
-    optional: bool = False
     until: TimeField = Time(0.1, "dur")
     shape: Shape = "pswish"
     beta: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 100.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
@@ -47,10 +48,10 @@ class Strength:
             place.tost_strength = strength
         return strength
 
-    def now(self, buffer: Tensor) -> Tensor:
-        """The value, in the dtype and on the device of the place's buffer, which a compiled forward reads itself: there a
-        number would be a constant."""
-        return buffer if torch.compiler.is_compiling() else torch.full_like(buffer, self.value)
+    def now(self, buffer: Tensor) -> Tensor | float:
+        """The value as the place's buffer holds it. A compiled forward reads the buffer itself, since there a number would be
+        a constant; elsewhere it is a number: GPUs take several times as long for a product with a tensor of another dtype."""
+        return buffer if torch.compiler.is_compiling() else _rounded(self.value, buffer.dtype)
 
     @property
     def heard(self) -> bool:
@@ -81,6 +82,11 @@ class Strength:
         """The run of this place's model is over, so that its copies are plain from now on."""
         if place in self.places:
             self.live = False
+
+
+@functools.lru_cache(maxsize=8)
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value, dtype=dtype).item()
 
 
 @contextlib.contextmanager
