@@ -38,7 +38,7 @@ RATIOS = [
 def measure(small: bool) -> Iterator[Row]:
     """The rows of all cases."""
     with tempfile.TemporaryDirectory() as folder:
-        images = _images(Path(folder) / "images", 20 if small else 100)
+        images = pictures(Path(folder) / "images", 20 if small else 100)
         spec = {"model": "cifar/resnet8", "data": {"name": "digits"}, "duration": "1ep" if small else "5ep"}
         yield from _runs("1,437 digits of 8 px", spec, 2 if small else 15, Path(folder))
         data = {"name": "folder", "path": str(images), "image_size": 32, "batch_size": 64}
@@ -119,7 +119,7 @@ def _crops(images: Tensor, padding: int, flip: bool) -> Tensor:
     return padded.movedim(1, -1)[which, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
-def _images(root: Path, per_class: int) -> Path:
+def pictures(root: Path, per_class: int) -> Path:
     """Random pictures of ten classes, as files."""
     numbers = np.random.default_rng(0)
     for part, count in (("train", per_class), ("test", per_class // 5)):

@@ -240,6 +240,8 @@ def accelerated(folder: Path, resume: bool) -> dict[str, Any]:
         accelerate.backward(loss_fn(model(x), y))
         optimizer.step()
         optimizer.zero_grad()
+    with torch.no_grad():  # an evaluation leaves gathered weights in the layers
+        model.eval()(batches()[0][0])
     tost.finish()
     found = {"mask": dict(tost.session.mask), "weights": whole(net.named_parameters())}
     return {**found, "sharded": isinstance(net, FSDPModule) and isinstance(net.head, FSDPModule)}

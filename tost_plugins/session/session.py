@@ -193,10 +193,13 @@ class Session(Loops):
             check_stepped(self)
         self._expect("finish")
         ran, mask, moved = self.state == "running", None, {}
+        sharding.reshard(
+            self.model
+        )  # after an evaluation FSDP2's layers hold gathered weights in the place of their own
         if ran:
             self.run.look("finish")
             mask, moved = self.run.end(self.optimizers)
-        sharding.reshard(self.model)
+            sharding.reshard(self.model)
         if self.optimizers is not None:
             self.optimizers.let_be()
             self.optimizers.leave(param for param, _ in self.tweaks.companions())
