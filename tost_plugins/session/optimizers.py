@@ -55,13 +55,13 @@ class Optimizers:
         return iter(found.values())
 
     def rates(self) -> dict[int, float]:
-        """The learning rate of each parameter's group as it is now, by the parameter's id."""
-        return {
-            id(p): float(group.get("lr", 0.0))
-            for each in self.inner
-            for group in each.param_groups
-            for p in group["params"]
-        }
+        """The learning rate of each parameter's group as it is now, by the parameter's id: none where the group has no number.
+        Optimizers that find it by themselves (Prodigy, D-Adaptation) multiply it by their `d`."""
+        found: dict[int, float] = {}
+        for group in self.groups():
+            if group.get("lr") is not None:
+                found.update(dict.fromkeys(map(id, group["params"]), float(group["lr"]) * float(group.get("d", 1.0))))
+        return found
 
     @property
     def sits_out(self) -> bool:
