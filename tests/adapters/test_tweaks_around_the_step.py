@@ -70,8 +70,21 @@ def test_not_where_a_loss_scaler_skips_the_step_and_unscaled_behind_it(trainer: 
     taken = [step for step in range(STEPS) if step not in OVERFLOWS] if counts else range(STEPS - len(OVERFLOWS))
     assert calls() == [(moment, step) for step in taken for moment in ("before", "after")]
     for one, other in zip(plain[1::2], found[1::2], strict=True):  # behind each step, its gradients as without a scaler
-        for name, value in zip(one["gradients"].values(), other["gradients"].values(), strict=True):
-            torch.testing.assert_close(value, name)
+        for wanted, value in zip(one["gradients"].values(), other["gradients"].values(), strict=True):
+            torch.testing.assert_close(value, wanted)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_gradients_are_those_from_before_an_optimizer_has_written_into_them(trainer: str) -> None:
+    """As Nesterov's momentum does for several tensors at once, the way that it takes on GPUs."""
+
+    def nesterov(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.05, momentum=0.9, nesterov=True, foreach=True)
+
+    found = noted(trainer, scaled=True, optimizer=nesterov)
+    assert len(found) == 2 * STEPS
+    for before, after in zip(found[::2], found[1::2], strict=True):
+        assert same(before["gradients"], after["gradients"])
 
 
 def test_a_fused_optimizer_gets_the_scale_and_skips_by_itself() -> None:

@@ -41,10 +41,10 @@ class AroundSteps:
             weights.settle()
             self._seen = {name: (weakref.ref(grad), _version(grad)) for name, grad in found.items()}
         if self.tweaks.after_steps:
-            self._kept = {} if not check_finite else _copies(found)
+            self._kept = {} if optimizers.scaled else _copies(found)
 
     def after(self, weights: MaskedWeights, clock: Clock) -> None:
-        """When the optimizer has stepped. With a loss scaler the gradients are those that it has unscaled by now."""
+        """When the optimizer has stepped; one that takes a loss scaler's factor out by itself has done so in place."""
         taken, self.taken = self.taken, False
         kept, self._kept = self._kept, {}
         if taken and self.tweaks.after_steps:

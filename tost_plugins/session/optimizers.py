@@ -64,6 +64,11 @@ class Optimizers:
         return found
 
     @property
+    def scaled(self) -> bool:
+        """Whether a step is under way whose optimizer itself takes a loss scaler's factor out of the gradients: a fused one."""
+        return any(getattr(each, "grad_scale", None) is not None for each in self.inner)
+
+    @property
     def sits_out(self) -> bool:
         """Whether the step at hand is not taken: the mask moves in its place."""
         return self._sits_out

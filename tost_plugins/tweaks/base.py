@@ -64,9 +64,10 @@ class Tweak:
         loaded, the forward pass is the plain network's."""
 
     def before_step(self, model: nn.Module, step: Step) -> None:
-        """Once in every step, with gradients final, unscaled or not, and masked: the last word before the optimizer's. A closure
-        may compute several, each of which comes by. Not called where the mask moves in place of the step, or a loss scaler
-        skips it. Where removed weights train out of sight (dnw) they are in the network, and their gradients with them."""
+        """Once in every step, with gradients final, masked and, but for fused optimizers that do it themselves, unscaled: the
+        last word before the optimizer's. A closure may compute several, each of which comes by. Not called where the mask moves
+        in place of the step, or a loss scaler skips it. Where removed weights train out of sight (dnw) they are in the network,
+        and their gradients with them."""
 
     def after_step(self, model: nn.Module, step: Step) -> None:
         """When the optimizer has stepped: before removed weights become 0 and the step is counted. Not called where
