@@ -1,6 +1,7 @@
 """Tweaks that act around the optimizer's step, in four trainers: called once a step, with what the plain loop calls them with."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 from moving_cases import STEPS, Digits
 from step_cases import TRAINERS, Around, train
 from step_watch import SEEN, calls, noting, same
+from test_same_everywhere import recipe, stop_at, weights
 from torch import Tensor
 
 from tost_plugins import Session, TostError
+from tost_plugins.lab.job import Stopped
+from tost_plugins.lab.train import train as train_recipe
 from tost_plugins.training.params import prunable
 
 RANDOM = {"kind": "random", "sparsity": 0.6, "allocation": "uniform"}
@@ -157,3 +161,15 @@ def test_in_composer_clipping_stands_behind_them_in_the_list() -> None:
     for other in (SAM(), EMA(half_life="2ba")):
         session = run(BOTH, lambda tost, other=other: [tost, other])
         assert session.state == "finished" and session.clock.step == STEPS
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_run_that_stops_and_goes_on_is_the_whole_one(tmp_path: Path, trainer: str) -> None:
+    spec = recipe(trainer, tweaks=BOTH, compact=True, mask={"kind": "random", "sparsity": 0.9}, duration="8ba")
+    result = train_recipe(spec, tmp_path / "whole")
+    assert result["tweaks"] == ["neuron_gradients", "multiplicative"] and result["left_out"] == []
+    assert 0 < result["history"][-1]["tost/multiplicative/exponent"] <= 0.05
+    with pytest.raises(Stopped):
+        train_recipe(spec, tmp_path / "stopped", listen=stop_at(5))
+    assert train_recipe(spec, tmp_path / "stopped", resume=True) == result
+    assert same(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))

@@ -66,19 +66,17 @@ class Multiplicative(Tweak):
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: Step) -> None:
-        ramp = step.clock.progress(self.warmup)
-        rates = {name: ramp * step.rate(step.weights[name]) for name in step.gradients}
-        names = [
-            n
-            for n, rate in rates.items()
-            if rate and step.weights[n].requires_grad and not step.weights[n].is_complex()
-        ]
+        ramp, usable = step.clock.progress(self.warmup), {name: step.weights[name] for name in step.gradients}
+        rates = {name: ramp * step.rate(w) for name, w in usable.items() if w.requires_grad and not w.is_complex()}
+        names = [name for name, rate in rates.items() if rate]
         if not names:
             return
         weights, kept, grads = ([local(of[name]) for name in names] for of in (step.weights, step.kept, step.gradients))
         found = exponents(weights, grads, [rates[name] for name in names], self.strength, self.decay, self.most)
         torch._foreach_mul_(found, kept)
-        setattr(model, _HOLDER, {"sizes": torch._foreach_norm(found, 1), "kept": kept})
+        counts = step.made.setdefault(self.kind, {})
+        counts |= {name: keep.count_nonzero() for name, keep in zip(names, kept, strict=True) if name not in counts}
+        setattr(model, _HOLDER, {"sizes": torch._foreach_norm(found, 1), "counts": [counts[name] for name in names]})
         torch._foreach_exp_(found)
         torch._foreach_mul_(weights, found)
 
@@ -89,8 +87,8 @@ class Multiplicative(Tweak):
         found = getattr(model, _HOLDER, {})
         if not found:
             return {}
-        count = sum(int(kept.count_nonzero()) for kept in found["kept"])
-        return {f"tost/{self.kind}/exponent": sum(float(size) for size in found["sizes"]) / max(count, 1)}
+        size, count = (sum(float(each) for each in found[key]) for key in ("sizes", "counts"))
+        return {f"tost/{self.kind}/exponent": size / max(count, 1)}
 
 
 _HOLDER = "tost_multiplicative"  # the model's attribute: what of the last step is logged
