@@ -163,7 +163,9 @@ def test_in_composer_clipping_stands_behind_them_in_the_list() -> None:
         assert session.state == "finished" and session.clock.step == STEPS
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize(
+    "trainer", [*TRAINERS[:2], *(pytest.param(name, marks=pytest.mark.long) for name in TRAINERS[2:])]
+)
 def test_a_run_that_stops_and_goes_on_is_the_whole_one(tmp_path: Path, trainer: str) -> None:
     spec = recipe(trainer, tweaks=BOTH, compact=True, mask={"kind": "random", "sparsity": 0.9}, duration="8ba")
     result = train_recipe(spec, tmp_path / "whole")
