@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -147,7 +148,14 @@ class TostCallback(TrainerCallback, ExportableState):
             say(f"load_best_model_at_end: the best from step {self._plain_from} on, where the network is the plain one")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.session.before_step(check_finite=getattr(kwargs.get("optimizer"), "scaler", None) is None)
+        optimizer = kwargs.get("optimizer")
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is not None and self.session.tweaks.around_steps:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # where the Trainer has looked at their norm they are unscaled already
+                scaler.unscale_(optimizer.optimizer)  # type: ignore[union-attr]
+        self.session.before_step(check_finite=scaler is None)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.session.after_step(state.global_step + 1)

@@ -35,6 +35,7 @@ class MaskedWeights:
         }
         self._count = sum(int(count_true(kept)) for kept in mask.values())
         self.moved: dict[str, float] = {}
+        self.made: dict[str, Any] = {}  # what tweaks have made of the mask; empty again when it moves
         self._mask: Mask | None = mask if isinstance(mask, Mask) else None  # None: made when somebody asks
         self._arrived: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # gradients as they were when last masked
         self.had_gradients = False  # since they are followed
@@ -131,6 +132,12 @@ class MaskedWeights:
     def wants_dense(self) -> bool:
         """Whether the gradients of the step at hand are to reach removed weights too."""
         return False
+
+    def settle(self) -> None:
+        """Tweaks have changed gradients that were masked, and are so still: what changes them from here on comes later."""
+        if not self.wants_dense():
+            grads = {name: param.grad for name, param in self.weights.items() if param.grad is not None}
+            self._arrived |= {name: (weakref.ref(grad), grad._version) for name, grad in grads.items()}
 
     # ---- around a step
 

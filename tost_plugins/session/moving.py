@@ -166,6 +166,7 @@ class MovingWeights(MaskedWeights):
         self.changed.fill_(sum(counts))
         self._total += sum(more)
         self._mask = self._numbers = None
+        self.made.clear()
 
     def _connected(self, new: dict[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The method's next mask, or the one at hand where it connects nothing; what rank 0 says, unless weights are hidden."""

@@ -55,13 +55,18 @@ class Optimizers:
         return iter(found.values())
 
     def rates(self) -> dict[int, float]:
-        """The learning rate of each parameter's group as it is now, by the parameter's id."""
-        return {
-            id(p): float(group.get("lr", 0.0))
-            for each in self.inner
-            for group in each.param_groups
-            for p in group["params"]
-        }
+        """The learning rate of each parameter's group as it is now, by the parameter's id: none where the group has no number.
+        Optimizers that find it by themselves (Prodigy, D-Adaptation) multiply it by their `d`."""
+        found: dict[int, float] = {}
+        for group in self.groups():
+            if group.get("lr") is not None:
+                found.update(dict.fromkeys(map(id, group["params"]), float(group["lr"]) * float(group.get("d", 1.0))))
+        return found
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a step is under way whose optimizer itself takes a loss scaler's factor out of the gradients: a fused one."""
+        return any(getattr(each, "grad_scale", None) is not None for each in self.inner)
 
     @property
     def sits_out(self) -> bool:

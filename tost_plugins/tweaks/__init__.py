@@ -7,6 +7,8 @@ May import: errors, training.
 from tost_plugins.tweaks.base import Tweak
 from tost_plugins.tweaks.ghost_skip import GhostSkip
 from tost_plugins.tweaks.label_smoothing import LabelSmoothing
+from tost_plugins.tweaks.multiplicative import Multiplicative
+from tost_plugins.tweaks.neuron_gradients import NeuronGradients
 from tost_plugins.tweaks.rescaled_init import RescaledInit
 from tost_plugins.tweaks.soft_activation import SoftActivation
 
@@ -15,4 +17,6 @@ TWEAKS: dict[str, type[Tweak]] = {
     "soft_activation": SoftActivation,
     "rescaled_init": RescaledInit,
     "label_smoothing": LabelSmoothing,
+    "neuron_gradients": NeuronGradients,
+    "multiplicative": Multiplicative,
 }
