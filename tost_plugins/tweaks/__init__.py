@@ -9,10 +9,12 @@ from tost_plugins.tweaks.ghost_skip import GhostSkip
 from tost_plugins.tweaks.label_smoothing import LabelSmoothing
 from tost_plugins.tweaks.rescaled_init import RescaledInit
 from tost_plugins.tweaks.soft_activation import SoftActivation
+from tost_plugins.tweaks.sparse_init import SparseInit
 
 TWEAKS: dict[str, type[Tweak]] = {
     "ghost_skip": GhostSkip,
     "soft_activation": SoftActivation,
     "rescaled_init": RescaledInit,
     "label_smoothing": LabelSmoothing,
+    "sparse_init": SparseInit,
 }
