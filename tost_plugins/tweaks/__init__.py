@@ -8,6 +8,7 @@ from tost_plugins.tweaks.base import Tweak
 from tost_plugins.tweaks.ghost_skip import GhostSkip
 from tost_plugins.tweaks.label_smoothing import LabelSmoothing
 from tost_plugins.tweaks.rescaled_init import RescaledInit
+from tost_plugins.tweaks.sharpness import Sharpness
 from tost_plugins.tweaks.soft_activation import SoftActivation
 from tost_plugins.tweaks.sparse_init import SparseInit
 
@@ -17,4 +18,5 @@ TWEAKS: dict[str, type[Tweak]] = {
     "rescaled_init": RescaledInit,
     "label_smoothing": LabelSmoothing,
     "sparse_init": SparseInit,
+    "sharpness": Sharpness,
 }
