@@ -71,8 +71,8 @@ class Sharpness(Tweak):
     Fields: `rho`, above 0, how far uphill: toward 0 it is the plain training, 0.05 is usual, from 1 on hardly a network
     trains; `until`, from when on training is plain again; None is the end.
 
-    Paper: A Single-Step, Sharpness-Aware Minimization is All You Need to Achieve Efficient and Accurate Sparse Training,
-    NeurIPS 2024.
+    Paper: Ji et al., A Single-Step, Sharpness-Aware Minimization is All You Need to Achieve Efficient and Accurate Sparse
+    Training (S2-SAM), NeurIPS 2024.
     Differs from the paper: masked weights alone are perturbed, no biases and norms; the last gradient is that after clipping and
     averaging, whose length does not count.
 
