@@ -79,9 +79,9 @@ class Eoi:
 
     Paper: Nowak, Gniecki, Szatkowski, Tabor, Sparser, Better, Deeper, Stronger: Improving Static Sparse Training with Exact
     Orthogonal Initialization, ICML 2024.
-    Differs from the paper: exact counts; a random permutation with signs to begin with, in place of the identity; rotations in rounds in which each column
-    is turned once, where the paper draws each pair by itself; matrices of their own for groups; how a convolution's weights
-    off the centre are shared out is ours.
+    Differs from the paper: exact counts; a random permutation with signs to begin with, in place of the identity; rotations in
+    rounds in which each column is turned once, where the paper draws each pair by itself; matrices of their own for groups; how
+    a convolution's weights off the centre are shared out is ours.
 
     Example:
         >>> net = torch.nn.Linear(16, 8)
