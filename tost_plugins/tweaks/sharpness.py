@@ -82,7 +82,6 @@ class Sharpness(Tweak):
     """
 
     kind: Literal["sharpness"] = "sharpness"
-    optional: bool = False
     rho: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
     until: TimeField | None = None
 

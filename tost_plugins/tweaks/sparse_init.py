@@ -105,7 +105,6 @@ class SparseInit(Tweak):
     """
 
     kind: Literal["sparse_init"] = "sparse_init"
-    optional: bool = False
     isometry: Literal["approximate"] | None = None
     steps: Annotated[int, Field(ge=1, le=100_000)] = 300
 
