@@ -25,6 +25,7 @@ from tost_plugins.training.batches import length
 from tost_plugins.training.calling import call, logits_of
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
+from tost_plugins.tweaks import Tweak
 from tost_plugins.tweaks.label_smoothing import check_hard
 
 _WHERE = "Trainer(model=model, callbacks=[TostCallback(...)])"
@@ -208,8 +209,15 @@ def _conventions(own: Callable[..., Tensor]) -> dict[str, Any]:
 
 
 def _ends(session: Session, *parts: Any) -> int:
-    """The step at which the last of these parts of a recipe has come to its end."""
-    return max([part.until.steps(session.clock) for part in parts if hasattr(part, "until")], default=0)
+    """The step at which the last of these parts of a recipe has come to its end; of tweaks, those that make another network of
+    it, as their metrics tell."""
+    timed = [part for part in parts if getattr(part, "until", None) is not None]
+    seen = [part for part in timed if not isinstance(part, Tweak) or _is_seen(part, session)]
+    return max([part.until.steps(session.clock) for part in seen], default=0)
+
+
+def _is_seen(tweak: Tweak, session: Session) -> bool:
+    return any(name.endswith(("alpha", "active")) for name in tweak.metrics(session.model))
 
 
 def _check_checkpoint(session: Session, state: Any) -> None:

@@ -56,6 +56,15 @@ class MaskMethod(Protocol):
 
 
 @runtime_checkable
+class WithWeights(MaskMethod, Protocol):
+    """A mask that comes with weights of its own, which a run starts with in place of the network's."""
+
+    def starting_weights(self, task: Task, mask: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Name -> weight, none for layers that keep theirs; `mask` is what `start` gave from the same generator state."""
+        ...
+
+
+@runtime_checkable
 class Moving(MaskMethod, Protocol):
     """A mask that changes while the network trains.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tost_plugins.errors import TostError, from_pydantic, unknown
 from tost_plugins.masks import connected
-from tost_plugins.masks.base import MaskMethod
+from tost_plugins.masks.base import MaskMethod, WithWeights
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods import MASKS
 from tost_plugins.training import ranks
@@ -82,6 +82,13 @@ def search(method: MaskMethod, task: Task, seed: int) -> Mask:
     """
     mask = method.start(task, torch.Generator().manual_seed(seed)).fit(task.params)
     return Mask(ranks.broadcast(mask, task.device)) if ranks.world() > 1 else mask
+
+
+def starting_weights(method: MaskMethod, task: Task, mask: Mask, seed: int) -> dict[str, Tensor]:
+    """The weights that come with this mask, which `search` has found, the same on every rank: rank 0's; {} for most methods."""
+    if not isinstance(method, WithWeights):
+        return {}
+    return ranks.broadcast(method.starting_weights(task, mask, torch.Generator().manual_seed(seed)), task.device)
 
 
 def _method(kind: str | MaskMethod, options: dict[str, Any]) -> MaskMethod:

@@ -17,7 +17,7 @@ from tost_plugins.training.params import device_of, is_transposed, owners, plain
 MASK, CLOCK = "weight_mask", "tost_clock"
 SEEN, HIDDEN = "weight_seen", "weight_hidden"  # of masks that move: what was ever kept, and what trains out of sight
 CHANGED = "tost_changed"  # how many entries the last move of a mask has changed
-_OURS = (MASK, SEEN, HIDDEN, CLOCK, CHANGED, "alpha", "alive", "tost_beta")
+_OURS = (MASK, SEEN, HIDDEN, CLOCK, CHANGED, "alpha", "alive", "tost_beta", "tost_perturbation")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -133,7 +133,7 @@ def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
         _check_masks(module, state_dict, prefix)
         return
     for name, value in module.state_dict().items():
-        if _of_a_session(name) and name.rpartition(".")[2] not in ("alpha", "tost_beta"):
+        if _of_a_session(name) and name.rpartition(".")[2] not in ("alpha", "tost_beta", "tost_perturbation"):
             state_dict.setdefault(prefix + name, value)
 
 

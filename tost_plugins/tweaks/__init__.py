@@ -10,7 +10,9 @@ from tost_plugins.tweaks.label_smoothing import LabelSmoothing
 from tost_plugins.tweaks.multiplicative import Multiplicative
 from tost_plugins.tweaks.neuron_gradients import NeuronGradients
 from tost_plugins.tweaks.rescaled_init import RescaledInit
+from tost_plugins.tweaks.sharpness import Sharpness
 from tost_plugins.tweaks.soft_activation import SoftActivation
+from tost_plugins.tweaks.sparse_init import SparseInit
 
 TWEAKS: dict[str, type[Tweak]] = {
     "ghost_skip": GhostSkip,
@@ -19,4 +21,6 @@ TWEAKS: dict[str, type[Tweak]] = {
     "label_smoothing": LabelSmoothing,
     "neuron_gradients": NeuronGradients,
     "multiplicative": Multiplicative,
+    "sparse_init": SparseInit,
+    "sharpness": Sharpness,
 }

@@ -6,6 +6,7 @@ May import: errors, training, files, masks.
 
 from tost_plugins.masks.methods.auto import Auto
 from tost_plugins.masks.methods.dnw import Dnw
+from tost_plugins.masks.methods.eoi import Eoi
 from tost_plugins.masks.methods.file import File
 from tost_plugins.masks.methods.from_zeros import FromZeros
 from tost_plugins.masks.methods.gradual import Gradual
@@ -27,6 +28,7 @@ MASKS: dict[str, type] = {
     "snip": Snip,
     "grasp": Grasp,
     "synflow": SynFlow,
+    "eoi": Eoi,
     "lottery_ticket": LotteryTicket,
     "set": Set,
     "rigl": RigL,
