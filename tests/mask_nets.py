@@ -22,6 +22,7 @@ OPTIONS = {
     "set": {"sparsity": 0.8},
     "rigl": {"sparsity": 0.8},
     "dnw": {"sparsity": 0.8},
+    "ac_dc": {"sparsity": 0.8, "begin": "0ba"},
 }
 RANDOM = ("random", "set", "rigl")  # those whose first mask is drawn
 WITH_SPARSITY = sorted(kind for kind, options in OPTIONS.items() if "sparsity" in options)

@@ -1,4 +1,4 @@
-"""The masks that move, as the tests of them try each: five cases of four kinds, all with several moves in ten steps."""
+"""The masks that move, as the tests of them try each, all with several moves in ten steps."""
 
 import contextlib
 from collections.abc import Callable
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from tost_plugins import Mask, Session
 
-#: case -> the recipe's mask. Each has come to its end by step 8, but for DNW without a freeze, which moves to the end.
+#: case -> the recipe's mask. Each has come to its end by step 8, but for those that move to the end.
 MOVING = {
     "set": {"kind": "set", "sparsity": 0.6, "every": "2ba", "until": "8ba", "drop": 0.6},
     "rigl": {"kind": "rigl", "sparsity": 0.6, "every": "2ba", "until": "8ba", "drop": 0.6},
     "dnw": {"kind": "dnw", "sparsity": 0.6},
     "dnw_frozen": {"kind": "dnw", "sparsity": 0.6, "freeze": "5ba"},
     "gradual": {"kind": "gradual", "sparsity": 0.8, "initial": 0.2, "begin": "1ba", "until": "8ba", "every": "2ba"},
+    "ac_dc": {"kind": "ac_dc", "sparsity": 0.6, "begin": "2ba", "every": "1ba", "until": "7ba"},
 }
 #: case -> after how many steps the mask may be another one than before the last of them.
 MOVES = {
@@ -25,7 +26,9 @@ MOVES = {
     "dnw": list(range(1, 11)),
     "dnw_frozen": [1, 2, 3, 4, 5],
     "gradual": [1, 3, 5, 7, 8],
+    "ac_dc": [2, 3, 4, 5, 7],  # a sparse phase at 6 would leave no dense one before 7
 }
+COUNTS = ("gradual", "ac_dc")  # of which more or fewer weights are kept as they move
 STEPS = 10
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import pickle
 import random
 from pathlib import Path
@@ -189,6 +190,20 @@ def test_masks_are_not_aliased_to_the_model(kind: str, tmp_path: Path) -> None:
         for param in model.parameters():
             param.fill_(7)
     assert mask == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_mask_that_moves_the_first_is_found_and_said_to_be(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = zeroed(net())
+    with caplog.at_level(logging.INFO, "tost_plugins"):
+        mask = find_(model, method(kind, tmp_path, model))
+    lines = [
+        record.getMessage() for record in caplog.records if "moves while the network trains" in record.getMessage()
+    ]
+    assert len(lines) == hasattr(MASKS[kind], "update")
+    assert all(line.startswith(f"mask {kind}: ") and f"sparsity {mask.sparsity:.4f};" in line for line in lines)
 
 
 # Ways to call a network
@@ -450,7 +465,7 @@ def test_a_collapsed_network_is_an_error_and_an_empty_layer_may_keep_one(kind: s
     layers = {"0.weight": 0.1, "*": 0.99999}
     size = 216 + 72 + 288
     sparsity = 1 - round(0.9 * 216) / size
-    begin = {"initial": sparsity} if kind == "gradual" else {}
+    begin = {"gradual": {"initial": sparsity}, "ac_dc": {"begin": "0ba"}}.get(kind, {})
     with pytest.raises(
         TostError, match=rf"masks\.find\({kind}\): expected a path .* without any weight: 3\.weight, 8\.weight\)"
     ):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from moving_cases import MOVES, MOVING, STEPS, Digits, digits
+from moving_cases import COUNTS, MOVES, MOVING, STEPS, Digits, digits
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -364,9 +364,9 @@ def test_the_laws_hold_after_every_step(case: str, optimizer: str) -> None:
                 assert not param[~new[name]].any()
                 if case != "dnw" and (case != "dnw_frozen" or i >= 5):
                     assert not any(bool(value[~new[name]].any()) for value in state_of(made, param))
-                assert int(new[name].sum()) == int(first[name].sum()) or case == "gradual"
+                assert int(new[name].sum()) == int(first[name].sum()) or case in COUNTS
                 grown, gone = new[name] & ~old[name], old[name] & ~new[name]
-                assert case == "gradual" or int(grown.sum()) == int(gone.sum())
+                assert case in COUNTS or int(grown.sum()) == int(gone.sum())
                 assert case != "gradual" or not grown.any()
                 if replaced:  # the update takes the place of the weights' own
                     assert torch.equal(param, before[name] * new[name])
@@ -391,10 +391,12 @@ def test_counts_of_every_layer_are_exact_after_many_moves(case: str) -> None:
     made, size = OPTIMIZERS["sgd"](net.parameters()), sum(p.numel() for p in prunable(net).values())
     with session.drive(made, total_steps=60):
         first = {name: int(mask.sum()) for name, mask in session.mask.items()}
-        assert sum(first.values()) == round((0.8 if case == "gradual" else 0.4) * size)
+        assert sum(first.values()) == round({"gradual": 0.8, "ac_dc": 1}.get(case, 0.4) * size)
         for i in range(60):
             step(net, made, BATCHES[i % STEPS])
-            if case != "gradual":
+            if case == "ac_dc":
+                assert session.mask.kept == (round(0.4 * size) if session.moving.sparse_at(session.clock) else size)
+            elif case != "gradual":
                 assert {name: int(mask.sum()) for name, mask in session.mask.items()} == first
             else:
                 wanted = session.moving.sparsity_at(session.clock) if session.clock.step else 0.2
@@ -584,15 +586,16 @@ def lbfgs(case: str) -> list[Mask]:
 
             before = weights_of(net)
             made.step(closure)
-            assert (len(calls) > 1) == (case == "gradual" or i not in MOVES[case]) and session.clock.step == i
+            after = case in COUNTS
+            assert (len(calls) > 1) == (after or i not in MOVES[case]) and session.clock.step == i
             assert not any(bool(p[~session.mask[name]].any()) for name, p in prunable(net).items())
-            if case != "gradual" and i in MOVES[case]:
+            if not after and i in MOVES[case]:
                 assert all(torch.equal(p, before[n] * session.mask[n]) for n, p in prunable(net).items())
             found.append(session.mask)
     return found
 
 
-@pytest.mark.parametrize("case", ["set", "rigl", "gradual"])
+@pytest.mark.parametrize("case", ["set", "rigl", "gradual", "ac_dc"])
 def test_lbfgs_moves_a_mask_once_in_a_step(case: str) -> None:
     masks = lbfgs(case)
     assert [i for i in range(2, STEPS + 1) if masks[i - 1] != masks[i - 2]] == [i for i in MOVES[case] if i > 1]
@@ -730,7 +733,7 @@ def test_a_step_that_a_scaler_skips_in_the_order_of_trainers(case: str) -> None:
         session.after_step(i)
         masks.append(session.mask)
         assert not any(bool(p[~masks[-1][name]].any()) for name, p in prunable(net).items())
-        if i in (3, 4) and case != "gradual":
+        if i in (3, 4) and case not in COUNTS:
             assert masks[-1] == masks[-2]
             assert all(torch.equal(value, before[n]) for n, value in net.named_parameters())
     if case in ("set", "rigl"):  # the move of the third step is lost with it, the others come when they are due
@@ -841,7 +844,9 @@ def test_a_given_mask_is_the_first_one(case: str) -> None:
         assert session.mask == mask and mask == Mask.from_zeros(prunable(net))
         for batch in BATCHES:
             step(net, made, batch)
-    if case == "gradual":
+    if case == "ac_dc":
+        assert session.mask.sparsity == pytest.approx(0.6, abs=1e-3)
+    elif case == "gradual":
         assert session.mask.sparsity == pytest.approx(0.8, abs=1e-3)
         assert all(not bool((new & ~mask[name]).any()) for name, new in session.mask.items())
     else:  # its counts are kept, not the recipe's sparsity
@@ -1066,7 +1071,7 @@ def test_rigl_leaves_a_frozen_layer_alone() -> None:
     assert "body.3.weight" not in history(MOVING["rigl"], net=net)[-1]
 
 
-@pytest.mark.parametrize("case", ["set", "rigl", "dnw", "gradual"])
+@pytest.mark.parametrize("case", ["set", "rigl", "dnw", "gradual", "ac_dc"])
 def test_a_layer_that_is_frozen_in_mid_run_keeps_its_mask(case: str, caplog: pytest.LogCaptureFixture) -> None:
     net = Digits()
     session, made = Session(net, recipe(case)), OPTIMIZERS["sgd"](net.parameters())
@@ -1106,7 +1111,7 @@ class Calls(TorchDispatchMode):
 
 def test_a_step_costs_as_much_as_with_a_static_mask_where_the_mask_does_not_move() -> None:
     found = {}
-    for case in ("rigl", "dnw_frozen", "gradual", "dnw"):
+    for case in ("rigl", "dnw_frozen", "gradual", "ac_dc", "dnw"):
         for mask in (MOVING[case], {"kind": "random", "sparsity": 0.6, "allocation": "uniform"}):
             net = Digits()
             session, made = Session(net, recipe(mask)).attach(), OPTIMIZERS["sgd"](net.parameters())
@@ -1120,7 +1125,7 @@ def test_a_step_costs_as_much_as_with_a_static_mask_where_the_mask_does_not_move
                     session.after_step()
                     session.metrics()
             found[case, mask["kind"]] = calls.names
-    for case in ("rigl", "dnw_frozen", "gradual"):
+    for case in ("rigl", "dnw_frozen", "gradual", "ac_dc"):
         assert found[case, MOVING[case]["kind"]] == found[case, "random"]
     assert len(found["dnw", "dnw"]) > len(found["dnw", "random"])
 

@@ -85,3 +85,12 @@ class Moving(MaskMethod, Protocol):
     ) -> dict[str, Tensor]:
         """The next mask, name -> bool tensor; `mask`, `weights` and `grads` are only read."""
         ...
+
+
+@runtime_checkable
+class Restarting(Moving, Protocol):
+    """A mask that moves, and with some moves has the optimizer forget where it was going."""
+
+    def restarts(self, clock: Clock) -> bool:
+        """Whether all weights go on without momentum after the move of this moment."""
+        ...

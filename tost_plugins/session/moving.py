@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks.base import Moving
+from tost_plugins.masks.base import Moving, Restarting
 from tost_plugins.masks.topk import count_true
 from tost_plugins.session import buffers
 from tost_plugins.session.masked_weights import MaskedWeights
@@ -163,6 +163,8 @@ class MovingWeights(MaskedWeights):
             self.masks[name].copy_(mask)
             self.kept[name].copy_(sharding.like(mask, self.kept[name]))
             self.seen[name].logical_or_(mask)
+        if optimizers is not None and isinstance(self.method, Restarting) and self.method.restarts(clock):
+            optimizers.lose_momentum()
         self.changed.fill_(sum(counts))
         self._total += sum(more)
         self._mask = self._numbers = None

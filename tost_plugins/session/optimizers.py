@@ -19,6 +19,7 @@ from tost_plugins.training.sharding import any_rank, local
 
 _STEPS = ("step", "first_step", "second_step")  # of wrappers: the last two are those of SAM in its usual form
 _SWAPS = ("train", "eval")
+_MOMENTUM = ("momentum_buffer", "exp_avg")  # as torch calls it
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -164,6 +165,14 @@ class Optimizers:
                         f"{type(optimizer).__name__}: what {key!r} holds for a single weight cannot be told and is left "
                         f"as it is; weights that come back start with what it remembers"
                     )
+
+    def lose_momentum(self) -> None:
+        """Set what is called momentum to 0, of all parameters."""
+        for optimizer in self.inner:
+            for param, state in optimizer.state.items():
+                for key, value in numbers(param, state):
+                    if key in _MOMENTUM:
+                        local(value).zero_()
 
     # ---- steps
 

@@ -4,6 +4,7 @@ row here, an entry in `OPTIONS` of tests/mask_nets.py, by which the laws run ove
 May import: errors, training, files, masks.
 """
 
+from tost_plugins.masks.methods.ac_dc import AcDc
 from tost_plugins.masks.methods.auto import Auto
 from tost_plugins.masks.methods.dnw import Dnw
 from tost_plugins.masks.methods.file import File
@@ -32,4 +33,5 @@ MASKS: dict[str, type] = {
     "rigl": RigL,
     "dnw": Dnw,
     "gradual": Gradual,
+    "ac_dc": AcDc,
 }
