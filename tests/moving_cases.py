@@ -14,6 +14,7 @@ from tost_plugins import Mask, Session
 MOVING = {
     "set": {"kind": "set", "sparsity": 0.6, "every": "2ba", "until": "8ba", "drop": 0.6},
     "rigl": {"kind": "rigl", "sparsity": 0.6, "every": "2ba", "until": "8ba", "drop": 0.6},
+    "snfs": {"kind": "snfs", "sparsity": 0.6, "every": "2ba", "until": "8ba"},
     "dnw": {"kind": "dnw", "sparsity": 0.6},
     "dnw_frozen": {"kind": "dnw", "sparsity": 0.6, "freeze": "5ba"},
     "gradual": {"kind": "gradual", "sparsity": 0.8, "initial": 0.2, "begin": "1ba", "until": "8ba", "every": "2ba"},
@@ -23,12 +24,15 @@ MOVING = {
 MOVES = {
     "set": [3, 5, 7],
     "rigl": [3, 5, 7],
+    "snfs": [2, 4, 6],
     "dnw": list(range(1, 11)),
     "dnw_frozen": [1, 2, 3, 4, 5],
     "gradual": [1, 3, 5, 7, 8],
     "ac_dc": [2, 3, 4, 5, 7],  # a sparse phase at 6 would leave no dense one before 7
 }
 COUNTS = ("gradual", "ac_dc")  # of which more or fewer weights are kept as they move
+AFTER = (*COUNTS, "snfs")  # which move after a step, and hide nothing
+DRAWN = ("set", "rigl", "snfs")  # whose first mask is random
 STEPS = 10
 
 

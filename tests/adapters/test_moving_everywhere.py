@@ -104,7 +104,7 @@ def test_a_run_that_stops_at_any_step_goes_on_bit_for_bit(
     assert same(again[2], weights) and again[0] == history
 
 
-@pytest.mark.parametrize("case", ["dnw_frozen", "set", "gradual", "ac_dc"])
+@pytest.mark.parametrize("case", ["dnw_frozen", "set", "snfs", "gradual", "ac_dc"])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_the_others_too_where_it_matters(whole: Any, tmp_path: Path, trainer: str, case: str) -> None:
     for stop in (3, 4):

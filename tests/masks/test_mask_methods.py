@@ -129,7 +129,7 @@ def test_the_model_and_every_generator_come_back_as_they_were(kind: str, tmp_pat
     model.insert(0, Noisy())
     model[0].extra = nn.Linear(2, 2)  # ignored, so that the loss need not depend on it
     model[1].weight.grad = torch.rand(8, 3, 3, 3)
-    model[9].weight.requires_grad_(kind in ("set", "rigl"))  # which have no use for a frozen layer, and say so
+    model[9].weight.requires_grad_(kind in ("set", "rigl", "snfs"))  # which have no use for a frozen layer, and say so
     model[2].eval()  # a frozen norm in a network that trains
     data = TensorDataset(torch.randn(40, 3, 8, 8), torch.arange(40) % 4)
     own, samplers = torch.Generator().manual_seed(5), torch.Generator().manual_seed(6)

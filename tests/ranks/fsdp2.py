@@ -182,7 +182,7 @@ def resumed(folder: Path) -> dict[str, Tensor]:
 def moving() -> dict[str, Any]:
     """Masks that move now and then, over the ranks' halves of each batch."""
     found = {}
-    for case in ("rigl", "set", "gradual", "ac_dc"):
+    for case in ("rigl", "set", "snfs", "gradual", "ac_dc"):
         net = Digits(norm=False).double()
         half: Any = lambda batch: [part.chunk(2)[dist.get_rank()] for part in batch]  # noqa: E731
         masks, weights = history(case, net, lambda net: fully_shard(net), half)

@@ -97,7 +97,7 @@ def test_the_step_that_makes_an_optimizer_s_state_is_none(ranks: list[Rank]) -> 
     assert [found["static"]["clock"] for found in ranks] == [0, 0]
 
 
-@pytest.mark.parametrize("case", ["rigl", "set", "gradual", "ac_dc"])
+@pytest.mark.parametrize("case", ["rigl", "set", "snfs", "gradual", "ac_dc"])
 def test_masks_move_as_on_one_rank_with_the_whole_batch(ranks: list[Rank], case: str) -> None:
     masks, weights = moving_cases.history(case, moving_cases.Digits(norm=False).double())
     for found in (rank["moving"][case] for rank in ranks):

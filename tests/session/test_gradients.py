@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from moving_cases import MOVING, STEPS, Digits, digits
+from moving_cases import AFTER, MOVING, STEPS, Digits, digits
 from torch import Tensor, nn
 
 from tost_plugins import Session
@@ -81,7 +81,7 @@ def test_no_backward_pass_leaves_a_gradient_outside_a_static_mask(wrap: Callable
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("case", ["rigl", "set", "dnw", "dnw_frozen", "gradual", "ac_dc"])
+@pytest.mark.parametrize("case", ["rigl", "set", "dnw", "dnw_frozen", *AFTER])
 def test_a_mask_that_moves_sees_the_gradients_it_needs_and_clipping_sees_the_rest(case: str) -> None:
     """RigL compares the removed weights' gradients on the steps that are due, DNW trains them until it is frozen."""
     net, found = Digits(), []

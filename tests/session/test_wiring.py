@@ -181,7 +181,7 @@ def test_gradual_stops_where_the_next_cut_would_end_every_path(caplog: pytest.Lo
     assert all(values["tost/live"] > 0 for values in metrics)
 
 
-@pytest.mark.parametrize("kind", ["rigl", "set", "gradual", "ac_dc", "dnw"])
+@pytest.mark.parametrize("kind", ["rigl", "set", "snfs", "gradual", "ac_dc", "dnw"])
 def test_what_is_said_of_a_mask_that_has_moved_is_true(kind: str) -> None:
     model = net(16)
     more = {"freeze": "4ba"} if kind == "dnw" else {"every": "2ba", "until": "6ba"}

@@ -88,6 +88,16 @@ class Moving(MaskMethod, Protocol):
 
 
 @runtime_checkable
+class Averaging(Moving, Protocol):
+    """A mask that moves by averages of whole gradients, removed weights' included: `update` is given these for gradients.
+
+    `momentum` is the share of an average that stays at each step.
+    """
+
+    momentum: float
+
+
+@runtime_checkable
 class Restarting(Moving, Protocol):
     """A mask that moves, and with some moves has the optimizer forget where it was going."""
 

@@ -93,7 +93,7 @@ class MaskedWeights:
             if (found := owner()) is not None:
                 found.had_gradients = True
                 if not found.wants_dense():
-                    found._mask_gradient(name)
+                    found._arrives(name)
                     found._look_again(param)
 
         frozen = not param.requires_grad
@@ -102,6 +102,9 @@ class MaskedWeights:
         if frozen:
             param.requires_grad_(False)
         return handle
+
+    def _arrives(self, name: str) -> None:
+        self._mask_gradient(name)
 
     def _mask_gradient(self, name: str) -> None:
         grad = self.weights[name].grad

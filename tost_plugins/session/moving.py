@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks.base import Moving, Restarting
+from tost_plugins.masks.base import Averaging, Moving, Restarting
 from tost_plugins.masks.topk import count_true
 from tost_plugins.session import buffers
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.optimizers import Optimizers
+from tost_plugins.session.whole_gradients import WholeGradients
 from tost_plugins.session.wiring import Wiring
 from tost_plugins.training import ranks, seeds, sharding
 from tost_plugins.training.clock import Clock
@@ -32,7 +33,9 @@ class MovingWeights(MaskedWeights):
         super().__init__(weights, self.masks)
         self.model, self.method, self.seed, self.wiring = model, method, seed, wiring
         # looked up by owner: a model that changes its dtype puts other buffers in the hidden weights' place
-        self.owners = owners(model, dict(weights)) if method.hides else {}
+        holders = owners(model, dict(weights))
+        self.owners = holders if method.hides else {}
+        self.gradients = WholeGradients(holders, method.momentum) if isinstance(method, Averaging) else None
         self.changed: Tensor = getattr(model, buffers.CHANGED)
         self.clock = Clock()
         self._frozen: list[str] = []  # layers that did not train when the mask last moved
@@ -76,6 +79,8 @@ class MovingWeights(MaskedWeights):
     def before_step(self, optimizers: Optimizers | None = None, check_finite: bool = True) -> None:
         """With final gradients: mask them, unless they are to reach removed weights too, or the mask moves in place of the
         step. `check_finite=False`: they may hold NaN or Inf, and a loss scaler skips the step then, and the mask with it."""
+        if self.gradients is not None and not self.method.settled(self.clock):
+            self._average(self.gradients, optimizers, check_finite)
         if self.hides:
             self._reveal()
         elif optimizers is None or not self.wants_dense() or (not check_finite and optimizers.not_finite(self.model)):
@@ -99,7 +104,8 @@ class MovingWeights(MaskedWeights):
     def _after(self, clock: Clock, optimizers: Optimizers | None) -> None:
         hid, self.clock = self.hides, clock
         if not self.method.takes_step and self.method.due(clock):
-            self._move({}, clock, None if self.hides else optimizers)
+            averages = {} if self.gradients is None else self.gradients.averages
+            self._move(averages, clock, None if self.hides else optimizers)
         if hid and not self.hides:  # what trained out of sight is gone for good
             self.forget(optimizers)
             torch._foreach_zero_(list(self._hidden().values()))
@@ -130,6 +136,21 @@ class MovingWeights(MaskedWeights):
         return self._logged()[1]
 
     # ---- inside
+
+    def _average(self, gradients: WholeGradients, optimizers: Optimizers | None, check_finite: bool) -> None:
+        if not check_finite and optimizers is not None and optimizers.not_finite(self.model):
+            gradients.skip()
+        else:
+            scale = 1.0 if optimizers is None else optimizers.scale
+            gradients.take(self.weights, self.kept, self.clock.step, scale)
+
+    def _arrives(self, name: str) -> None:
+        grad = self.weights[name].grad
+        if self.gradients is not None and grad is not None and not self.method.settled(self.clock):
+            seen, version = self._arrived.get(name, (lambda: None, -1))
+            goes_on = seen() is grad and grad._version == version + 1  # by the gradient that was added to it
+            self.gradients.arrives(name, grad, self.kept[name], goes_on)
+        super()._arrives(name)
 
     def _logged(self) -> tuple[int, dict[str, float]]:
         if self._numbers is None:

@@ -65,6 +65,13 @@ class Optimizers:
         }
 
     @property
+    def scale(self) -> float:
+        """What the gradients at hand are multiplied by, where a fused optimizer divides by it in its step."""
+        return float(
+            next((each.grad_scale for each in self.inner if getattr(each, "grad_scale", None) is not None), 1.0)
+        )
+
+    @property
     def sits_out(self) -> bool:
         """Whether the step at hand is not taken: the mask moves in its place."""
         return self._sits_out
