@@ -23,6 +23,7 @@ OPTIONS = {
     "rigl": {"sparsity": 0.8},
     "snfs": {"sparsity": 0.8},
     "dnw": {"sparsity": 0.8},
+    "top_kast": {"sparsity": 0.8},
     "ac_dc": {"sparsity": 0.8, "begin": "0ba"},
 }
 RANDOM = ("random", "set", "rigl", "snfs")  # those whose first mask is drawn

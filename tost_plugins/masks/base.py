@@ -98,6 +98,21 @@ class Averaging(Moving, Protocol):
 
 
 @runtime_checkable
+class Exploring(Moving, Protocol):
+    """A mask that hides weights of which only some train out of sight; the others keep their values there.
+
+    `pulls` says how strongly weights are drawn to 0 by their gradients: kept ones, and those that train out of sight.
+    """
+
+    @property
+    def pulls(self) -> tuple[float, float]: ...
+
+    def trained(self, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which weights train until the mask moves again, those of the mask among them; name -> bool tensor."""
+        ...
+
+
+@runtime_checkable
 class Restarting(Moving, Protocol):
     """A mask that moves, and with some moves has the optimizer forget where it was going."""
 

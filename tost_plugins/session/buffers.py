@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks.base import Averaging, MaskMethod, Moving
+from tost_plugins.masks.base import Averaging, Exploring, MaskMethod, Moving
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
 from tost_plugins.training.params import device_of, is_transposed, owners, plain_modules, prunable, some
@@ -17,7 +17,8 @@ from tost_plugins.training.params import device_of, is_transposed, owners, plain
 MASK, CLOCK = "weight_mask", "tost_clock"
 SEEN, HIDDEN = "weight_seen", "weight_hidden"  # of masks that move: what was ever kept, and what is out of sight
 MOMENTUM = "weight_momentum"  # of those that move by averages of whole gradients
-BESIDE = (MASK, SEEN, HIDDEN, MOMENTUM)  # a weight
+TRAINED = "weight_trained"  # of those under which some removed weights train and others do not
+BESIDE = (MASK, SEEN, HIDDEN, MOMENTUM, TRAINED)  # a weight
 CHANGED = "tost_changed"  # how many entries the last move of a mask has changed
 _OURS = (*BESIDE, CLOCK, CHANGED, "alpha", "alive", "tost_beta")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -57,6 +58,8 @@ class Added:
                 put(module, SEEN, torch.zeros_like(params[name], dtype=torch.bool))
             if isinstance(method, Moving) and method.hides:
                 put(module, HIDDEN, torch.zeros_like(params[name]).detach())
+            if isinstance(method, Exploring):
+                put(module, TRAINED, torch.zeros_like(params[name], dtype=torch.bool))
             if isinstance(method, Averaging):
                 put(module, MOMENTUM, torch.zeros_like(params[name]).detach())
         put(model, CLOCK, torch.full((3,), -1, dtype=torch.int64, device=device_of(model)))

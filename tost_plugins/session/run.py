@@ -69,7 +69,7 @@ class Run:
         if not resumes:
             say_begun(self.recipe, self.given_mask, weights, self.tweaks, self.wiring.known)
         if optimizers is not None and (not weights.wants_dense() or getattr(self.recipe.mask, "freeze", None)):
-            kept = {weights.weights[name]: sharding.local(kept) for name, kept in weights.kept.items()}
+            kept = {weight: sharding.local(weights.reached(name)) for name, weight in weights.weights.items()}
             grows = isinstance(self.recipe.mask, (Averaging, Restarting)) or getattr(
                 self.recipe.mask, "takes_step", False
             )

@@ -19,6 +19,7 @@ from tost_plugins.masks.methods.set import Set
 from tost_plugins.masks.methods.snfs import Snfs
 from tost_plugins.masks.methods.snip import Snip
 from tost_plugins.masks.methods.synflow import SynFlow
+from tost_plugins.masks.methods.top_kast import TopKast
 
 MASKS: dict[str, type] = {
     "auto": Auto,
@@ -34,6 +35,7 @@ MASKS: dict[str, type] = {
     "rigl": RigL,
     "snfs": Snfs,
     "dnw": Dnw,
+    "top_kast": TopKast,
     "gradual": Gradual,
     "ac_dc": AcDc,
 }
