@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from moving_cases import Digits, digits
 from torch import nn
 
-from tost_plugins import Mask, Session, TostError
+from tost_plugins import Mask, Session, TostError, masks
 from tost_plugins.masks import MASKS
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.params import prunable
@@ -108,6 +108,28 @@ def test_the_largest_of_all_layers_stay() -> None:
     assert new["a"].tolist() == [True, True, False] and new["b"].flatten().tolist() == [False, True, False]
     back = method.update(new, weights, {}, Clock(7, 100), torch.Generator())
     assert all(bool(kept.all()) for kept in back.values())
+
+
+def test_a_phase_that_would_connect_nothing_has_the_largest_of_each_layer(caplog: pytest.LogCaptureFixture) -> None:
+    net = Digits(norm=False)
+    with torch.no_grad():
+        net.body[0].weight *= 1e-6
+    mask = {"kind": "ac_dc", "sparsity": 0.6, "begin": "1ba", "every": "1ba", "until": "4ba"}
+    session, made = Session(net, {"mask": mask}), torch.optim.SGD(net.parameters(), lr=1e-9)
+    with caplog.at_level("INFO", "tost_plugins"), session.drive(made, total_steps=5):
+        kept = []
+        for x, y in digits(5):
+            made.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            made.step()
+            kept.append(session.mask.kept)
+    size = session.mask.size
+    assert kept == [round(0.4 * size), size, size, round(0.4 * size), round(0.4 * size)]
+    shares = masks.find(Digits(), "magnitude", 0.6, allocation="erk").sparsities()
+    assert session.mask.sparsities() == shares
+    (line,) = [record.getMessage() for record in caplog.records if "connect nothing" in record.getMessage()]
+    assert line.startswith("mask ac_dc: the largest weights of all layers connect nothing")
+    assert "a move is left out" not in caplog.text
 
 
 def test_wrong_options_are_errors_that_say_where() -> None:

@@ -113,9 +113,13 @@ class Exploring(Moving, Protocol):
 
 
 @runtime_checkable
-class Restarting(Moving, Protocol):
-    """A mask that moves, and with some moves has the optimizer forget where it was going."""
+class Alternating(Moving, Protocol):
+    """A mask that comes and goes, and so must not be left out when it comes."""
 
     def restarts(self, clock: Clock) -> bool:
         """Whether all weights go on without momentum after the move of this moment."""
+        ...
+
+    def instead(self, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What to take where the next mask connects nothing, or just that mask."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks.base import Averaging, Exploring, Moving, Restarting
+from tost_plugins.masks.base import Alternating, Averaging, Exploring, Moving
 from tost_plugins.masks.topk import count_true
 from tost_plugins.session import buffers
 from tost_plugins.session.masked_weights import MaskedWeights
@@ -40,6 +41,7 @@ class MovingWeights(MaskedWeights):
         self.part = TrainedPart(model, weights, method) if isinstance(method, Exploring) else None  # None: all train
         self.changed: Tensor = getattr(model, buffers.CHANGED)
         self.clock = Clock()
+        self._instead = False  # whether a mask had to be another one to connect
         self._frozen: list[str] = []  # layers that did not train when the mask last moved
         self._total: Any = self._count  # how many weights are kept, on the device
         self._numbers: tuple[int, dict[str, float]] | None = None  # what is logged; None: it has moved since
@@ -202,7 +204,7 @@ class MovingWeights(MaskedWeights):
             self.masks[name].copy_(mask)
             self.kept[name].copy_(sharding.like(mask, self.kept[name]))
             self.seen[name].logical_or_(mask)
-        if optimizers is not None and isinstance(self.method, Restarting) and self.method.restarts(clock):
+        if optimizers is not None and isinstance(self.method, Alternating) and self.method.restarts(clock):
             optimizers.lose_momentum()
         self.changed.fill_(sum(counts))
         self._total += sum(more)
@@ -211,13 +213,28 @@ class MovingWeights(MaskedWeights):
     def _connected(self, new: dict[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The method's next mask, or the one at hand where it connects nothing; what rank 0 says, unless weights are hidden."""
         if self.hides or ranks.rank() == 0:
-            may = self.wiring.allows(self.masks, {**self.masks, **new}, weights, self.hides)
+            comes_and_goes = isinstance(self.method, Alternating)
+            may = self.wiring.allows(self.masks, {**self.masks, **new}, weights, self.hides, last=not comes_and_goes)
+            if not may and isinstance(self.method, Alternating):
+                new = self.method.instead(new, weights)
+                may = self.wiring.allows(self.masks, {**self.masks, **new}, weights, self.hides)
+                if may:
+                    self._say_instead()
             new = new if may else {name: self.masks[name] for name in new}
         if not self.hides and ranks.world() > 1:
             new = ranks.broadcast(new, next(iter(self.weights.values())).device)
         if not self.hides and (ranks.rank() or self.wiring.known is None):
             self.wiring.moved({**self.masks, **new})
         return new
+
+    def _say_instead(self) -> None:
+        if not self._instead:
+            say(
+                f"mask {self.method.kind}: the largest weights of all layers connect nothing, and a phase has the largest of "
+                f"each layer in their place; set allocation: erk for it from the start, or a lower sparsity",
+                logging.WARNING,
+            )
+        self._instead = True
 
     def _say_frozen(self, frozen: list[str]) -> None:
         if frozen and frozen != self._frozen:

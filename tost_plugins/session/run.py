@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tost_plugins.masks.base import Averaging, Moving, Restarting
+from tost_plugins.masks.base import Alternating, Averaging, Moving
 from tost_plugins.masks.mask import Mask
 from tost_plugins.session import buffers, checks
 from tost_plugins.session.active_tweaks import ActiveTweaks
@@ -70,7 +70,7 @@ class Run:
             say_begun(self.recipe, self.given_mask, weights, self.tweaks, self.wiring.known)
         if optimizers is not None and (not weights.wants_dense() or getattr(self.recipe.mask, "freeze", None)):
             kept = {weight: sharding.local(weights.reached(name)) for name, weight in weights.weights.items()}
-            grows = isinstance(self.recipe.mask, (Averaging, Restarting)) or getattr(
+            grows = isinstance(self.recipe.mask, (Averaging, Alternating)) or getattr(
                 self.recipe.mask, "takes_step", False
             )
             say_what_counts(optimizers, kept, grows)

@@ -27,14 +27,16 @@ class AcDc:
     good. A sparse phase begins with the largest magnitudes of that moment. A dense one begins with the removed weights at 0
     and with no momentum of any weight (`momentum_buffer`, `exp_avg`). A change follows a step's weight update.
 
+    Where the largest weights of all layers connect nothing, the phase has the largest of each layer in place of them.
+
     Fields: `sparsity` of the sparse phases in [0, 1), 0 is dense; `begin`, when the first of them starts, at 0 with the
     first step; `every`, the length of a phase; `until`, when the last one starts; `allocation`, how the kept weights are
     shared out each time, "global" compares all layers; `ignore`, globs of layers to leave alone; `on_collapse`, for a
     layer that loses everything.
 
     Paper: Peste et al., AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks, NeurIPS 2021.
-    Differs from the paper: times are shares of the run, those of its 100 epochs on ImageNet (10 dense, then phases of 5,
-    the last 15 sparse).
+    Differs from the paper: what is done where the largest weights connect nothing; times are shares of the run, those of its
+    100 epochs on ImageNet (10 dense, then phases of 5, the last dense one of 10, the last sparse one of 15).
 
     Example:
         >>> layer = AcDc(sparsity=0.9, begin="10ba", every="5ba", until="85ba")
@@ -99,8 +101,17 @@ class AcDc:
         """The largest weights where a sparse phase begins, else all of them."""
         if not self.sparse_at(clock):
             return {name: torch.ones_like(kept) for name, kept in mask.items()}
+        return self._largest(mask, weights, self.allocation)
+
+    def instead(self, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The largest weights of each layer, shared out by "erk", where all layers were compared."""
+        return self._largest(mask, weights, "erk") if self.allocation == "global" else dict(mask)
+
+    def _largest(
+        self, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor], allocation: Allocation
+    ) -> dict[str, Tensor]:
         scores = {name: wide(weights[name].detach()).abs() for name in mask}
-        count = counts(scores, self.sparsity, self.allocation)
+        count = counts(scores, self.sparsity, allocation)
         flat = torch.cat([score.flatten() for score in scores.values()])
         kept, lost = choose(scores, flat, count, self.on_collapse, dense_layers(scores, count))
         tell(lost)
