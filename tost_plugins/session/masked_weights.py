@@ -94,7 +94,7 @@ class MaskedWeights:
             if (found := owner()) is not None:
                 found.had_gradients = True
                 if not found.wants_dense():
-                    found._mask_gradient(name)
+                    found._arrives(name)
                     found._look_again(param)
 
         frozen = not param.requires_grad
@@ -104,10 +104,13 @@ class MaskedWeights:
             param.requires_grad_(False)
         return handle
 
+    def _arrives(self, name: str) -> None:
+        self._mask_gradient(name)
+
     def _mask_gradient(self, name: str) -> None:
         grad = self.weights[name].grad
         if grad is not None:
-            grad.mul_(self.kept[name])
+            grad.mul_(self.reached(name))
             self._arrived[name] = weakref.ref(grad), grad._version
 
     def _look_again(self, param: nn.Parameter) -> None:
@@ -128,6 +131,10 @@ class MaskedWeights:
             grad, (seen, version) = param.grad, self._arrived.get(name, (lambda: None, -1))
             if grad is not None and (seen() is not grad or grad._version != version):
                 self._mask_gradient(name)
+
+    def reached(self, name: str) -> Tensor:
+        """Where gradients reach a weight: 1, and 0 elsewhere."""
+        return self.kept[name]
 
     def wants_dense(self) -> bool:
         """Whether the gradients of the step at hand are to reach removed weights too."""

@@ -19,6 +19,7 @@ from tost_plugins.training.sharding import any_rank, local
 
 _STEPS = ("step", "first_step", "second_step")  # of wrappers: the last two are those of SAM in its usual form
 _SWAPS = ("train", "eval")
+_MOMENTUM = ("momentum_buffer", "exp_avg")  # as torch calls it
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -67,6 +68,13 @@ class Optimizers:
     def scaled(self) -> bool:
         """Whether a step is under way whose optimizer itself takes a loss scaler's factor out of the gradients: a fused one."""
         return any(getattr(each, "grad_scale", None) is not None for each in self.inner)
+
+    @property
+    def scale(self) -> float:
+        """What the gradients at hand are multiplied by, where a fused optimizer divides by it in its step."""
+        return float(
+            next((each.grad_scale for each in self.inner if getattr(each, "grad_scale", None) is not None), 1.0)
+        )
 
     @property
     def sits_out(self) -> bool:
@@ -169,6 +177,14 @@ class Optimizers:
                         f"{type(optimizer).__name__}: what {key!r} holds for a single weight cannot be told and is left "
                         f"as it is; weights that come back start with what it remembers"
                     )
+
+    def lose_momentum(self) -> None:
+        """Set what is called momentum to 0, of all parameters."""
+        for optimizer in self.inner:
+            for param, state in optimizer.state.items():
+                for key, value in numbers(param, state):
+                    if key in _MOMENTUM:
+                        local(value).zero_()
 
     # ---- steps
 

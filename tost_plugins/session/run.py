@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tost_plugins.masks.base import Moving
+from tost_plugins.masks.base import Alternating, Averaging, Moving
 from tost_plugins.masks.mask import Mask
 from tost_plugins.session import buffers, checks
 from tost_plugins.session.active_tweaks import ActiveTweaks
@@ -70,8 +70,11 @@ class Run:
         if not resumes:
             say_begun(self.recipe, self.given_mask, weights, self.tweaks, self.wiring.known)
         if optimizers is not None and (not weights.wants_dense() or getattr(self.recipe.mask, "freeze", None)):
-            kept = {weights.weights[name]: sharding.local(kept) for name, kept in weights.kept.items()}
-            say_what_counts(optimizers, kept, isinstance(self.recipe.mask, Moving) and self.recipe.mask.takes_step)
+            kept = {weight: sharding.local(weights.reached(name)) for name, weight in weights.weights.items()}
+            grows = isinstance(self.recipe.mask, (Averaging, Alternating)) or getattr(
+                self.recipe.mask, "takes_step", False
+            )
+            say_what_counts(optimizers, kept, grows)
         self._look()
 
     def look(self, where: str) -> None:
