@@ -19,6 +19,7 @@ from tost_plugins.errors import TostError
 from tost_plugins.masks.base import Moving
 from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe.recipe import Recipe
+from tost_plugins.session.active_tweaks import ActiveTweaks
 from tost_plugins.session.session import Session, session_of
 from tost_plugins.training.clock import Clock, times_of
 from tost_plugins.training.params import unwrap
@@ -66,9 +67,8 @@ class TostAlgorithm(Algorithm):
 
     `recipe` is a Recipe, a dict, a path or a shipped name (None: "tost_any_mask"); overrides are `mask` (a kind, a
     path, a dict or a Mask), `sparsity`, `tweaks`, `seed`, `compact`, `watch`. Put it behind what replaces layers (BlurPool,
-    say) and in front of EMA and SWA in the list; the place of GradientClipping does not matter. Raises
-    TostError on a bad recipe at once, and when the Trainer is made if a part of it has nothing to act on, or something else
-    smooths labels as well.
+    say) and in front of EMA and SWA in the list; GradientClipping may stand where it likes unless a tweak acts around steps.
+    Raises TostError on a bad recipe at once, and when the Trainer is made if a part cannot act or labels are smoothed twice.
 
     Example:
         >>> TostAlgorithm(sparsity=0.9).recipe.mask.sparsity
@@ -153,7 +153,13 @@ class TostAlgorithm(Algorithm):
             self._session.smoothing.leave_out(twice, "something else smooths labels")
 
     def _check_behind(self, state: State) -> None:
-        """Raise TostError where what replaces layers comes when masks and ghosts are in them already."""
+        """Raise TostError where what replaces layers, or clips gradients (last in the list is first), would come too late."""
+        first = {type(other) for other in state.algorithms[: state.algorithms.index(self)]}
+        if composer.algorithms.GradientClipping in first and ActiveTweaks(state.model, self.recipe.tweaks).around_steps:
+            raise TostError(
+                "TostAlgorithm: expected to be in front of GradientClipping where a tweak acts on gradients, got it behind; "
+                "write [TostAlgorithm(...), GradientClipping(...)]"
+            )
         late = [name for other in state.algorithms[state.algorithms.index(self) :]
                 if (name := type(other).__name__) in _REPLACE]  # fmt: skip
         if late:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -24,6 +25,7 @@ from tost_plugins.training.batches import length
 from tost_plugins.training.calling import call, logits_of
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
+from tost_plugins.tweaks import Tweak
 from tost_plugins.tweaks.label_smoothing import check_hard
 
 _WHERE = "Trainer(model=model, callbacks=[TostCallback(...)])"
@@ -147,7 +149,14 @@ class TostCallback(TrainerCallback, ExportableState):
             say(f"load_best_model_at_end: the best from step {self._plain_from} on, where the network is the plain one")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.session.before_step(check_finite=getattr(kwargs.get("optimizer"), "scaler", None) is None)
+        optimizer = kwargs.get("optimizer")
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is not None and self.session.tweaks.around_steps:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # where the Trainer has looked at their norm they are unscaled already
+                scaler.unscale_(optimizer.optimizer)  # type: ignore[union-attr]
+        self.session.before_step(check_finite=scaler is None)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.session.after_step(state.global_step + 1)
@@ -200,8 +209,15 @@ def _conventions(own: Callable[..., Tensor]) -> dict[str, Any]:
 
 
 def _ends(session: Session, *parts: Any) -> int:
-    """The step at which the last of these parts of a recipe has come to its end."""
-    return max([part.until.steps(session.clock) for part in parts if hasattr(part, "until")], default=0)
+    """The step at which the last of these parts of a recipe has come to its end; of tweaks, those that make another network of
+    it, as their metrics tell."""
+    timed = [part for part in parts if getattr(part, "until", None) is not None]
+    seen = [part for part in timed if not isinstance(part, Tweak) or _is_seen(part, session)]
+    return max([part.until.steps(session.clock) for part in seen], default=0)
+
+
+def _is_seen(tweak: Tweak, session: Session) -> bool:
+    return any(name.endswith(("alpha", "active")) for name in tweak.metrics(session.model))
 
 
 def _check_checkpoint(session: Session, state: Any) -> None:

@@ -44,22 +44,34 @@ def moving(kind: str, **options: Any) -> dict[str, Any]:
     return {"mask": {**STATIC, "kind": kind, **options}}
 
 
+NEVER = f"{10**9}ba"
 RECIPES: dict[str, dict[str, Any]] = {
     "static": {"mask": STATIC},
     "all tweaks": {"mask": STATIC, "tweaks": tweaks("1dur")},
     "after the ghosts": {"mask": STATIC, "tweaks": tweaks("1ba")},
     "rigl": moving("rigl", every="1ba"),
     "set": moving("set", every="1ba"),
+    "snfs": moving("snfs", every=NEVER),
+    "snfs, an update": moving("snfs", every="1ba"),
     "dnw": moving("dnw"),
     "dnw, frozen": moving("dnw", freeze="1ba"),
+    "top_kast": moving("top_kast", every=NEVER),
+    "top_kast, a ranking": moving("top_kast", every="1ba"),
     "gradual, over": moving("gradual", until="1ba"),
+    "ac_dc, a change": moving("ac_dc", begin="1ba", every="1ba"),
 }
-LIMITS = {"static": 1.02, "all tweaks": 1.35, "after the ghosts": 1.03, "dnw": 1.20}
+LIMITS = {"static": 1.02, "all tweaks": 1.35, "after the ghosts": 1.03, "dnw": 1.20, "top_kast": 1.20}
+MOVES = ("rigl", "set", "snfs, an update", "top_kast, a ranking", "ac_dc, a change")  # shown as one step of 100
 RATIOS = [
     Ratio("untouched again", "untouched again", "untouched"),
-    *(Ratio(name, name, "untouched", most=LIMITS.get(name)) for name in RECIPES if name not in ("rigl", "set")),
+    *(Ratio(name, name, "untouched", most=LIMITS.get(name)) for name in RECIPES if name not in MOVES),
     Ratio("rigl, an update in 100 steps", "rigl", "untouched", most=1.03, share=0.01, rest="static"),
     Ratio("set, an update in 100 steps", "set", "untouched", share=0.01, rest="static"),
+    Ratio("snfs, an update in 100 steps, to static", "snfs, an update", "static", most=1.10, share=0.01, rest="snfs"),
+    Ratio(
+        "top_kast, a ranking in 100 steps", "top_kast, a ranking", "untouched", most=1.20, share=0.01, rest="top_kast"
+    ),
+    Ratio("ac_dc, a change in 100 steps, to static", "ac_dc, a change", "static", most=1.10, share=0.01, rest="static"),
     Ratio("static, both clipped", "static, clipped", "clipped", most=1.02),
     *(Ratio(name, name, "untouched") for name in ("prune", "parametrize", "sparsimony")),
 ]
@@ -81,8 +93,10 @@ class Case:
         return f"{self.model.rpartition('/')[2]}, {self.batch} images of {self.size} px{layout}"
 
 
+_NEW = ("snfs", "snfs, an update", "top_kast", "top_kast, a ranking", "ac_dc, a change")
+_MORE = ("set", "dnw, frozen", "gradual, over", *_NEW, "clipped", "static, clipped")
 CASES = [
-    Case("torchvision/resnet18", 128, 32, ("set", "dnw, frozen", "gradual, over", "clipped", "static, clipped")),
+    Case("torchvision/resnet18", 128, 32, _MORE),
     Case("torchvision/resnet18", 128, 32, only=(), channels_last=True),
     Case("torchvision/mobilenet_v2", 128, 32),
     Case("torchvision/vgg16_bn", 32, 32, only=("all tweaks", "after the ghosts", "rigl", "dnw", "parametrize")),
@@ -90,7 +104,7 @@ CASES = [
     Case("torchvision/mobilenet_v2", 4, 224),
     Case("torchvision/vgg16_bn", 2, 224, only=("all tweaks", "after the ghosts")),
 ]
-SMALL = [Case("cifar/resnet8", 8, 16, ("set", "dnw, frozen", "gradual, over", "clipped", "static, clipped"))]
+SMALL = [Case("cifar/resnet8", 8, 16, _MORE)]
 
 
 def measure(small: bool) -> Iterator[Row]:

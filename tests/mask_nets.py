@@ -18,12 +18,16 @@ OPTIONS = {
     "snip": {"sparsity": 0.8, "batches": 2},
     "grasp": {"sparsity": 0.8, "per_class": 4},
     "synflow": {"sparsity": 0.8, "rounds": 5},
+    "eoi": {"sparsity": 0.8},
     "gradual": {"sparsity": 0.9, "initial": 0.8},
     "set": {"sparsity": 0.8},
     "rigl": {"sparsity": 0.8},
+    "snfs": {"sparsity": 0.8},
     "dnw": {"sparsity": 0.8},
+    "top_kast": {"sparsity": 0.8},
+    "ac_dc": {"sparsity": 0.8, "begin": "0ba"},
 }
-RANDOM = ("random", "set", "rigl")  # those whose first mask is drawn
+RANDOM = ("random", "eoi", "set", "rigl", "snfs")  # those whose first mask is drawn
 WITH_SPARSITY = sorted(kind for kind, options in OPTIONS.items() if "sparsity" in options)
 IN_ROUNDS = {"lottery_ticket"}  # found by several trainings, not in one call: tests/test_lottery_ticket.py
 KINDS = sorted(MASKS.keys() - IN_ROUNDS)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from tost_plugins.masks.methods.eoi import Eoi
 from tost_plugins.masks.methods.grasp import Grasp
 from tost_plugins.masks.methods.magnitude import Magnitude
 from tost_plugins.masks.methods.random import Random
@@ -40,6 +41,7 @@ def broken(rank: int) -> Batches:
 
 CASES = {
     "random": (Random(sparsity=0.8), None),
+    "eoi": (Eoi(sparsity=0.8), None),
     "magnitude": (Magnitude(sparsity=0.8), None),
     "synflow": (SynFlow(sparsity=0.8, rounds=10, input_shape=(3, 8, 8)), None),
     "synflow_batches": (SynFlow(sparsity=0.8, rounds=10), batches([8])),

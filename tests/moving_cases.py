@@ -1,4 +1,4 @@
-"""The masks that move, as the tests of them try each: five cases of four kinds, all with several moves in ten steps."""
+"""The masks that move, as the tests of them try each, all with several moves in ten steps."""
 
 import contextlib
 from collections.abc import Callable
@@ -10,22 +10,32 @@ from torch import Tensor, nn
 
 from tost_plugins import Mask, Session
 
-#: case -> the recipe's mask. Each has come to its end by step 8, but for DNW without a freeze, which moves to the end.
+#: case -> the recipe's mask. Each has come to its end by step 8, but for those that move to the end.
 MOVING = {
     "set": {"kind": "set", "sparsity": 0.6, "every": "2ba", "until": "8ba", "drop": 0.6},
     "rigl": {"kind": "rigl", "sparsity": 0.6, "every": "2ba", "until": "8ba", "drop": 0.6},
+    "snfs": {"kind": "snfs", "sparsity": 0.6, "every": "2ba", "until": "8ba"},
     "dnw": {"kind": "dnw", "sparsity": 0.6},
     "dnw_frozen": {"kind": "dnw", "sparsity": 0.6, "freeze": "5ba"},
+    "top_kast": {"kind": "top_kast", "sparsity": 0.6, "backward": 0.3, "every": "2ba", "decay": 1e-3},
     "gradual": {"kind": "gradual", "sparsity": 0.8, "initial": 0.2, "begin": "1ba", "until": "8ba", "every": "2ba"},
+    "ac_dc": {"kind": "ac_dc", "sparsity": 0.6, "begin": "2ba", "every": "1ba", "until": "7ba"},
 }
 #: case -> after how many steps the mask may be another one than before the last of them.
 MOVES = {
     "set": [3, 5, 7],
     "rigl": [3, 5, 7],
+    "snfs": [2, 4, 6],
     "dnw": list(range(1, 11)),
     "dnw_frozen": [1, 2, 3, 4, 5],
+    "top_kast": [2, 4, 6, 8, 10],
     "gradual": [1, 3, 5, 7, 8],
+    "ac_dc": [2, 3, 4, 5, 7],  # a sparse phase at 6 would leave no dense one before 7
 }
+COUNTS = ("gradual", "ac_dc")  # of which more or fewer weights are kept as they move
+AFTER = (*COUNTS, "snfs")  # which move after a step, and hide nothing
+HIDES = ("dnw", "dnw_frozen", "top_kast")  # whose removed weights train, and whose mask need not move when it may
+DRAWN = ("set", "rigl", "snfs")  # whose first mask is random
 STEPS = 10
 
 

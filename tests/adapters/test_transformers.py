@@ -569,6 +569,20 @@ def test_the_best_model_has_the_mask_that_it_had_then(tmp_path: Path, mask: dict
     assert (masks[best] == masks[STEPS]) == (mask["kind"] != "dnw")
 
 
+def test_the_best_model_may_be_from_before_sharpness_ends(tmp_path: Path) -> None:
+    """At every step the network is the plain one."""
+    trainer: Any = None
+    sharp = {"kind": "sharpness", "until": "6ba"}
+    trainer = make(
+        tmp_path, [TostCallback({"mask": {"kind": "random", "sparsity": 0.6}, "tweaks": [sharp]})],
+        trainer={"compute_metrics": lambda found: {"score": -trainer.state.global_step}}, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, load_best_model_at_end=True, metric_for_best_model="score",
+        greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step == 1 and list(trainer.model.state_dict()) == list(Net().state_dict())
+
+
 def test_a_mask_object_and_deep_copies(tmp_path: Path) -> None:
     mask = Mask({name: torch.rand_like(param) > 0.7 for name, param in prunable(Net()).items()})
     callback, copies = TostCallback(RECIPE, mask=mask), []

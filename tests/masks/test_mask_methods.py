@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import pickle
 import random
 from pathlib import Path
@@ -65,7 +66,13 @@ def test_ignored_layers_get_no_mask(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "allocation"),
-    [(k, a) for k in WITH_SPARSITY if k != "auto" for a in ("global", "uniform", "erk") if (k, a) != ("dnw", "global")],
+    [
+        (k, a)
+        for k in WITH_SPARSITY
+        if k != "auto"
+        for a in ("global", "uniform", "erk")
+        if a != "global" or k not in ("dnw", "top_kast")
+    ],
 )
 def test_the_kept_count_is_exact(kind: str, allocation: str, tmp_path: Path) -> None:
     model = net()
@@ -128,7 +135,7 @@ def test_the_model_and_every_generator_come_back_as_they_were(kind: str, tmp_pat
     model.insert(0, Noisy())
     model[0].extra = nn.Linear(2, 2)  # ignored, so that the loss need not depend on it
     model[1].weight.grad = torch.rand(8, 3, 3, 3)
-    model[9].weight.requires_grad_(kind in ("set", "rigl"))  # which have no use for a frozen layer, and say so
+    model[9].weight.requires_grad_(kind in ("set", "rigl", "snfs"))  # which have no use for a frozen layer, and say so
     model[2].eval()  # a frozen norm in a network that trains
     data = TensorDataset(torch.randn(40, 3, 8, 8), torch.arange(40) % 4)
     own, samplers = torch.Generator().manual_seed(5), torch.Generator().manual_seed(6)
@@ -189,6 +196,20 @@ def test_masks_are_not_aliased_to_the_model(kind: str, tmp_path: Path) -> None:
         for param in model.parameters():
             param.fill_(7)
     assert mask == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_mask_that_moves_the_first_is_found_and_said_to_be(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = zeroed(net())
+    with caplog.at_level(logging.INFO, "tost_plugins"):
+        mask = find_(model, method(kind, tmp_path, model))
+    lines = [
+        record.getMessage() for record in caplog.records if "moves while the network trains" in record.getMessage()
+    ]
+    assert len(lines) == hasattr(MASKS[kind], "update")
+    assert all(line.startswith(f"mask {kind}: ") and f"sparsity {mask.sparsity:.4f};" in line for line in lines)
 
 
 # Ways to call a network
@@ -450,7 +471,7 @@ def test_a_collapsed_network_is_an_error_and_an_empty_layer_may_keep_one(kind: s
     layers = {"0.weight": 0.1, "*": 0.99999}
     size = 216 + 72 + 288
     sparsity = 1 - round(0.9 * 216) / size
-    begin = {"initial": sparsity} if kind == "gradual" else {}
+    begin = {"gradual": {"initial": sparsity}, "ac_dc": {"begin": "0ba"}}.get(kind, {})
     with pytest.raises(
         TostError, match=rf"masks\.find\({kind}\): expected a path .* without any weight: 3\.weight, 8\.weight\)"
     ):

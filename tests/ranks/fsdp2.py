@@ -182,7 +182,7 @@ def resumed(folder: Path) -> dict[str, Tensor]:
 def moving() -> dict[str, Any]:
     """Masks that move now and then, over the ranks' halves of each batch."""
     found = {}
-    for case in ("rigl", "set", "gradual"):
+    for case in ("rigl", "set", "snfs", "gradual", "ac_dc"):
         net = Digits(norm=False).double()
         half: Any = lambda batch: [part.chunk(2)[dist.get_rank()] for part in batch]  # noqa: E731
         masks, weights = history(case, net, lambda net: fully_shard(net), half)
@@ -192,7 +192,7 @@ def moving() -> dict[str, Any]:
 
 def refused() -> dict[str, str]:
     """What cannot work, and what it says."""
-    found = {"dnw": error(lambda: Run(recipe={"mask": MOVING["dnw"]}).train())}
+    found = {case: error(Run(recipe={"mask": MOVING[case]}).train) for case in ("dnw", "top_kast")}
     found["late"] = error(lambda: Session(shard(Net()), RECIPE).attach())
     early = Run(lambda net: net)
     shard(early.net)

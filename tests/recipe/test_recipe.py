@@ -26,7 +26,7 @@ OTHER: dict[str, Any] = {
     "optional": True, "until": "17ep", "schedule": "cosine", "layers": ["layer2.*", "*.conv1"], "shape": "mish",
     "beta": [2.0, 50.5], "iterations": 3, "learning_rate": 0.005, "look_ahead": 0.25, "norm": 2.5, "min_scale": 0.5,
     "clip": 0.75, "alpha": 0.3, "every": "70ba", "begin": "2ep", "freeze": "1ep", "drop": 0.4, "initial": 0.1,
-    "prune": 0.5, "rewind": "500ba",
+    "prune": 0.5, "rewind": "500ba", "strength": 20.0, "decay": 0.01, "most": 0.1, "warmup": "3ep",
 }  # fmt: skip
 #: Where a method's field of that name takes other values.
 OTHER_OF = {"LotteryTicket": {"allocation": "uniform"}}
@@ -251,12 +251,12 @@ def test_an_unknown_key_of_every_tweak(kind: str) -> None:
     ("content", "message"),
     [
         ({"mask": {"kind": "synflo", "sparsity": 0.9}},
-         r"mask: kind: expected a known mask method, got 'synflo'; did you mean 'synflow'\? known: auto, "),
+         r"mask: kind: expected a known mask method, got 'synflo'; did you mean 'synflow'\? known: ac_dc, auto, "),
         ({"mask": "mangitude"}, "mask: kind: expected a known mask method, got 'mangitude'; did you mean 'magnitude'"),
-        ({"mask": {"kind": 3}}, "mask: kind: expected a known mask method, got 3; known: auto"),
+        ({"mask": {"kind": 3}}, "mask: kind: expected a known mask method, got 3; known: ac_dc, auto"),
         ({"mask": {"kind": ["snip"]}}, r"mask: kind: expected a known mask method, got \['snip'\]; "),
-        ({"mask": {"sparsity": 0.9}}, "mask: expected a key 'kind', got the keys sparsity; known: auto, "),
-        ({"mask": {}}, "mask: expected a key 'kind', got the keys none; known: auto, "),
+        ({"mask": {"sparsity": 0.9}}, "mask: expected a key 'kind', got the keys sparsity; known: ac_dc, auto, "),
+        ({"mask": {}}, "mask: expected a key 'kind', got the keys none; known: ac_dc, auto, "),
         ({}, "mask: expected a value, got none; add the key 'mask'"),
         ({"mask": None}, "mask: expected .*got None"),
         ({**PLAIN, "tweaks": ["ghostskip"]},

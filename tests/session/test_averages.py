@@ -37,7 +37,7 @@ def run(net: nn.Module, recipe: dict[str, Any], average: Any = None) -> tuple[Se
     return session, seen
 
 
-@pytest.mark.parametrize("case", ["static", "rigl", "dnw"])
+@pytest.mark.parametrize("case", ["static", "rigl", "dnw", "top_kast"])
 def test_an_equal_average_becomes_the_plain_sparse_network(case: str) -> None:
     recipe = RANDOM if case == "static" else {"mask": MOVING[case], "tweaks": TWEAKS}
     net = Digits()

@@ -97,7 +97,7 @@ def test_the_step_that_makes_an_optimizer_s_state_is_none(ranks: list[Rank]) -> 
     assert [found["static"]["clock"] for found in ranks] == [0, 0]
 
 
-@pytest.mark.parametrize("case", ["rigl", "set", "gradual"])
+@pytest.mark.parametrize("case", ["rigl", "set", "snfs", "gradual", "ac_dc"])
 def test_masks_move_as_on_one_rank_with_the_whole_batch(ranks: list[Rank], case: str) -> None:
     masks, weights = moving_cases.history(case, moving_cases.Digits(norm=False).double())
     for found in (rank["moving"][case] for rank in ranks):
@@ -117,7 +117,8 @@ def test_accelerate_s_fsdp2_trains_and_resumes_as_ddp(ranks: list[Rank]) -> None
 
 def test_what_cannot_work_is_refused_on_every_rank(ranks: list[Rank]) -> None:
     for found in (rank["refused"] for rank in ranks):
-        assert found["dnw"].startswith("mask dnw: expected whole weights on every rank, got FSDP2's parts")
+        for kind in ("dnw", "top_kast"):
+            assert found[kind].startswith(f"mask {kind}: expected whole weights on every rank, got FSDP2's parts")
         assert "expected the bare model, got one that is sharded; attach first, then fully_shard" in found["late"]
         assert found["optimizer"].startswith("optimizer: expected one that trains every prunable weight of the model")
         for original in (True, False):

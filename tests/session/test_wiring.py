@@ -181,10 +181,10 @@ def test_gradual_stops_where_the_next_cut_would_end_every_path(caplog: pytest.Lo
     assert all(values["tost/live"] > 0 for values in metrics)
 
 
-@pytest.mark.parametrize("kind", ["rigl", "set", "gradual", "dnw"])
+@pytest.mark.parametrize("kind", ["rigl", "set", "snfs", "gradual", "ac_dc", "dnw", "top_kast"])
 def test_what_is_said_of_a_mask_that_has_moved_is_true(kind: str) -> None:
     model = net(16)
-    more = {"freeze": "4ba"} if kind == "dnw" else {"every": "2ba", "until": "6ba"}
+    more = {"dnw": {"freeze": "4ba"}, "top_kast": {"every": "2ba"}}.get(kind, {"every": "2ba", "until": "6ba"})
     session = Session(model, recipe(kind=kind, sparsity=0.6, **more))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     with session.drive(optimizer, batches(), total_steps=STEPS):
@@ -193,7 +193,7 @@ def test_what_is_said_of_a_mask_that_has_moved_is_true(kind: str) -> None:
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
             said = session.metrics().get("tost/live")
-            assert (said is None) == (kind == "dnw" and number < 3)
+            assert (said is None) == (kind == "top_kast" or (kind == "dnw" and number < 3))
             live = masks.live(model, session.mask, x).kept
             assert session.report().live == live and said in (None, live)
     assert session.report().live == masks.live(model, session.mask).kept

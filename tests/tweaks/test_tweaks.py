@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from zoo import OWN, ZOO, build, inputs, logits
 
+from tost_plugins import Session
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.training.clock import Clock
 from tost_plugins.tweaks import TWEAKS, Tweak
@@ -27,8 +28,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ghost_skip": {"until": "0.3dur"},
     "soft_activation": {"until": "0.75dur"},
     "rescaled_init": {"iterations": 1},
+    "multiplicative": {"warmup": "0ba"},
 }
 STRUCTURAL = ["ghost_skip", "soft_activation"]  # those which change the modules
+AROUND_STEPS = ["neuron_gradients", "multiplicative"]  # those which act before or after the optimizer's step
 LATE = Clock(step=100, total_steps=100)
 
 
@@ -179,6 +182,29 @@ def test_survives_a_change_of_dtype(kind: str, name: str, dtype: torch.dtype) ->
         tweak.detach(net)
         assert types_of(net) == types_of(build(name))
     assert torch.allclose(*(out.double() for out in outs), atol=1e-12 if dtype == torch.float64 else 0.1)
+
+
+@pytest.mark.parametrize("kind", AROUND_STEPS)
+@every_own_network
+def test_steps_keep_the_mask_and_leave_nothing_in_the_network(kind: str, name: str) -> None:
+    found, x = [], inputs(name, 4)
+    for tweaks in ([], [{"kind": kind, **SETTINGS.get(kind, {})}]):
+        net = build(name).train()
+        before = (types_of(net), list(net.state_dict()), ids_of(net), attributes_of(net))
+        session = Session(net, {"mask": {"kind": "random", "sparsity": 0.5}, "tweaks": tweaks})
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        with session.drive(optimizer, total_steps=3):
+            for _ in range(3):
+                optimizer.zero_grad()
+                logits(net, x).logsumexp(1).sum().backward()
+                optimizer.step()
+                assert session.is_plain
+        params = {n: param.detach() for n, param in net.named_parameters()}
+        assert all(bool(param.isfinite().all()) for param in params.values())
+        assert not any(bool(params[n][~keep].any()) for n, keep in session.mask.items() if n in params)
+        assert (types_of(net), list(net.state_dict()), ids_of(net), attributes_of(net)) == before
+        found.append(params)
+    assert any(not torch.equal(found[0][n], found[1][n]) for n in found[0])
 
 
 @every_own_network

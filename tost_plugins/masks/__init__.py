@@ -5,9 +5,9 @@ weights lie on a path. Nothing here knows tweaks, sessions or recipes.
 May import: errors, training, files.
 """
 
-from tost_plugins.masks.find import find, run, search
+from tost_plugins.masks.find import find, run, search, starting_weights
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods import MASKS
 from tost_plugins.masks.paths.connectivity import live
 
-__all__ = ["MASKS", "Mask", "find", "live", "run", "search"]
+__all__ = ["MASKS", "Mask", "find", "live", "run", "search", "starting_weights"]

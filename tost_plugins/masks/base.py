@@ -56,6 +56,15 @@ class MaskMethod(Protocol):
 
 
 @runtime_checkable
+class WithWeights(MaskMethod, Protocol):
+    """A mask that comes with weights of its own, which a run starts with in place of the network's."""
+
+    def starting_weights(self, task: Task, mask: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Name -> weight, none for layers that keep theirs; `mask` is what `start` gave from the same generator state."""
+        ...
+
+
+@runtime_checkable
 class Moving(MaskMethod, Protocol):
     """A mask that changes while the network trains.
 
@@ -84,4 +93,42 @@ class Moving(MaskMethod, Protocol):
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """The next mask, name -> bool tensor; `mask`, `weights` and `grads` are only read."""
+        ...
+
+
+@runtime_checkable
+class Averaging(Moving, Protocol):
+    """A mask that moves by averages of whole gradients, removed weights' included: `update` is given these for gradients.
+
+    `momentum` is the share of an average that stays at each step.
+    """
+
+    momentum: float
+
+
+@runtime_checkable
+class Exploring(Moving, Protocol):
+    """A mask that hides weights of which only some train out of sight; the others keep their values there.
+
+    `pulls` says how strongly weights are drawn to 0 by their gradients: kept ones, and those that train out of sight.
+    """
+
+    @property
+    def pulls(self) -> tuple[float, float]: ...
+
+    def trained(self, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which weights train until the mask moves again, those of the mask among them; name -> bool tensor."""
+        ...
+
+
+@runtime_checkable
+class Alternating(Moving, Protocol):
+    """A mask that comes and goes, and so must not be left out when it comes."""
+
+    def restarts(self, clock: Clock) -> bool:
+        """Whether all weights go on without momentum after the move of this moment."""
+        ...
+
+    def instead(self, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What to take where the next mask connects nothing, or just that mask."""
         ...

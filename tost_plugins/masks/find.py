@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from tost_plugins.errors import TostError, from_pydantic, unknown
 from tost_plugins.masks import connected
-from tost_plugins.masks.base import MaskMethod
+from tost_plugins.masks.base import MaskMethod, Moving, WithWeights
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods import MASKS
 from tost_plugins.training import ranks
 from tost_plugins.training.calling import call
+from tost_plugins.training.log import say
 from tost_plugins.training.params import prunable, unwrap
 from tost_plugins.training.reading import reading
 from tost_plugins.training.task import Task
@@ -41,8 +42,9 @@ def find(
     labels)`, of the outputs as they are or of their class scores, by default the loss that the model
     returns, or cross entropy. Other networks than those of docs/adapters.md: `forward(model, batch)` says
     how the model is called, `criterion(outputs, batch)` what its loss is. Wrappers (DDP, torch.compile) are
-    looked through. With torch.distributed, call it on every rank: all get the same mask. Raises
-    TostError, which starts with `masks.find(kind)`.
+    looked through. Of a mask that moves while the network trains the first one is found, and a line says so.
+    With torch.distributed, call it on every rank: all get the same mask. Raises TostError, which starts with
+    `masks.find(kind)`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -66,10 +68,16 @@ def find(
 
 
 def run(method: MaskMethod, task: Task, seed: int) -> Mask:
-    """What `search` finds, checked: raises TostError also where no path of it leads from the inputs to the outputs."""
+    """What `search` finds, checked: raises TostError also where no path of it leads from the inputs to the outputs. A line
+    says where it is the first of a mask that moves."""
     with reading(task.batches, task.device):  # once, for both
         mask = search(method, task, seed)
         connected.check(mask, connected.followed(task))
+    if isinstance(method, Moving):
+        say(
+            f"mask {method.kind}: this mask moves while the network trains, and is found as it starts: sparsity "
+            f"{mask.sparsity:.4f}; train with a recipe that has it for the one it ends as"
+        )
     return mask
 
 
@@ -82,6 +90,13 @@ def search(method: MaskMethod, task: Task, seed: int) -> Mask:
     """
     mask = method.start(task, torch.Generator().manual_seed(seed)).fit(task.params)
     return Mask(ranks.broadcast(mask, task.device)) if ranks.world() > 1 else mask
+
+
+def starting_weights(method: MaskMethod, task: Task, mask: Mask, seed: int) -> dict[str, Tensor]:
+    """The weights that come with this mask, which `search` has found, the same on every rank: rank 0's; {} for most methods."""
+    if not isinstance(method, WithWeights):
+        return {}
+    return ranks.broadcast(method.starting_weights(task, mask, torch.Generator().manual_seed(seed)), task.device)
 
 
 def _method(kind: str | MaskMethod, options: dict[str, Any]) -> MaskMethod:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tost_plugins.errors import Inapplicable, TostError
+from tost_plugins.session.lasting import why_not
+from tost_plugins.session.optimizers import Optimizers
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.task import Task
 from tost_plugins.tweaks import Tweak
@@ -65,11 +67,24 @@ class ActiveTweaks:
         self.left_out.append(f"{tweak.kind} ({why})")
         self.active = [other for other in self.active if other is not tweak]
 
+    def meet(self, optimizers: Optimizers | None, weights: Mapping[str, nn.Parameter]) -> None:
+        """Before the run: who changes weights after a step is left out, or raises, where the optimizer does not let them be."""
+        after = [tweak for tweak in self.active if _acts(tweak, "after_step")]
+        why = why_not(optimizers, weights) if after and optimizers is not None else None
+        for tweak in after if why else ():
+            self._leave_out(tweak, Inapplicable(f"{tweak.kind}: expected an optimizer that goes on from the weights as they "
+                                                f"are, got {why}; use another one, or leave {tweak.kind} out"))  # fmt: skip
+            tweak.detach(self.model)
+
     @property
     def around_steps(self) -> bool:
         """Whether one of them acts on gradients or after the step."""
-        own = (Tweak.before_step, Tweak.after_step)
-        return any((type(tweak).before_step, type(tweak).after_step) != own for tweak in self.active)
+        return self.after_steps or any(_acts(tweak, "before_step") for tweak in self.active)
+
+    @property
+    def after_steps(self) -> bool:
+        """Whether one of them acts after the step."""
+        return any(_acts(tweak, "after_step") for tweak in self.active)
 
     def before_step(self, step: Step) -> None:
         """With final gradients, before the optimizer's step."""
@@ -134,3 +149,7 @@ class ActiveTweaks:
 
 def _companions(model: nn.Module, tweaks: Sequence[Tweak]) -> list[tuple[nn.Parameter, nn.Parameter]]:
     return [pair for tweak in tweaks for pair in tweak.companions(model)]
+
+
+def _acts(tweak: Tweak, moment: str) -> bool:
+    return getattr(type(tweak), moment) is not getattr(Tweak, moment)

@@ -43,7 +43,7 @@ def in_whole(weights: Mapping[str, nn.Parameter], method: MaskMethod, watch: Any
     if isinstance(method, Moving) and method.hides:
         raise TostError(
             f"mask {method.kind}: expected whole weights on every rank, got FSDP2's parts, of which no rank can "
-            f"tell the largest after every step; use DDP, or a mask that moves now and then (rigl, set, gradual)"
+            f"tell the largest; use DDP, or a mask that moves now and then (rigl, set, gradual)"
         )
     if watch is not None:
         raise TostError(

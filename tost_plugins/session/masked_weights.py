@@ -35,6 +35,7 @@ class MaskedWeights:
         }
         self._count = sum(int(count_true(kept)) for kept in mask.values())
         self.moved: dict[str, float] = {}
+        self.made: dict[str, Any] = {}  # what tweaks have made of the mask; empty again when it moves
         self._mask: Mask | None = mask if isinstance(mask, Mask) else None  # None: made when somebody asks
         self._arrived: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # gradients as they were when last masked
         self.had_gradients = False  # since they are followed
@@ -93,7 +94,7 @@ class MaskedWeights:
             if (found := owner()) is not None:
                 found.had_gradients = True
                 if not found.wants_dense():
-                    found._mask_gradient(name)
+                    found._arrives(name)
                     found._look_again(param)
 
         frozen = not param.requires_grad
@@ -103,10 +104,13 @@ class MaskedWeights:
             param.requires_grad_(False)
         return handle
 
+    def _arrives(self, name: str) -> None:
+        self._mask_gradient(name)
+
     def _mask_gradient(self, name: str) -> None:
         grad = self.weights[name].grad
         if grad is not None:
-            grad.mul_(self.kept[name])
+            grad.mul_(self.reached(name))
             self._arrived[name] = weakref.ref(grad), grad._version
 
     def _look_again(self, param: nn.Parameter) -> None:
@@ -128,9 +132,19 @@ class MaskedWeights:
             if grad is not None and (seen() is not grad or grad._version != version):
                 self._mask_gradient(name)
 
+    def reached(self, name: str) -> Tensor:
+        """Where gradients reach a weight: 1, and 0 elsewhere."""
+        return self.kept[name]
+
     def wants_dense(self) -> bool:
         """Whether the gradients of the step at hand are to reach removed weights too."""
         return False
+
+    def settle(self) -> None:
+        """Tweaks have changed gradients that were masked, and are so still: what changes them from here on comes later."""
+        if not self.wants_dense():
+            grads = {name: param.grad for name, param in self.weights.items() if param.grad is not None}
+            self._arrived |= {name: (weakref.ref(grad), grad._version) for name, grad in grads.items()}
 
     # ---- around a step
 

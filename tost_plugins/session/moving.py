@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks.base import Moving
+from tost_plugins.masks.base import Alternating, Averaging, Exploring, Moving
 from tost_plugins.masks.topk import count_true
 from tost_plugins.session import buffers
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.optimizers import Optimizers
+from tost_plugins.session.trained_part import TrainedPart
+from tost_plugins.session.whole_gradients import WholeGradients
 from tost_plugins.session.wiring import Wiring
 from tost_plugins.training import ranks, seeds, sharding
 from tost_plugins.training.clock import Clock
@@ -32,14 +35,19 @@ class MovingWeights(MaskedWeights):
         super().__init__(weights, self.masks)
         self.model, self.method, self.seed, self.wiring = model, method, seed, wiring
         # looked up by owner: a model that changes its dtype puts other buffers in the hidden weights' place
-        self.owners = owners(model, dict(weights)) if method.hides else {}
+        holders = owners(model, dict(weights))
+        self.owners = holders if method.hides else {}
+        self.gradients = WholeGradients(holders, method.momentum) if isinstance(method, Averaging) else None
+        self.part = TrainedPart(model, weights, method) if isinstance(method, Exploring) else None  # None: all train
         self.changed: Tensor = getattr(model, buffers.CHANGED)
         self.clock = Clock()
+        self._instead = False  # whether a mask had to be another one to connect
         self._frozen: list[str] = []  # layers that did not train when the mask last moved
         self._total: Any = self._count  # how many weights are kept, on the device
         self._numbers: tuple[int, dict[str, float]] | None = None  # what is logged; None: it has moved since
         self._moved_at = -1  # the step at whose gradients the mask has moved: a closure may come by twice
         self._revealed = False  # whether hidden weights are in the network, between gradients and step
+        self._all = False  # whether those are, that do not train
 
     @property
     def count(self) -> int:
@@ -51,7 +59,9 @@ class MovingWeights(MaskedWeights):
         every rank."""
         self.clock = clock
         if fresh:
-            self._revealed = self.hides
+            self._revealed = self._all = self.hides
+            if self.part is not None:
+                self.part.choose(self.masks, None)
             self._after(clock, None)
             self._share()
         if self.hides:
@@ -71,13 +81,23 @@ class MovingWeights(MaskedWeights):
 
     def wants_dense(self) -> bool:
         """Whether gradients are to reach removed weights now: they train, or are to be compared."""
-        return self.hides or (self.method.takes_step and self.method.due(self.clock))
+        return (self.hides and self.part is None) or (self.method.takes_step and self.method.due(self.clock))
+
+    def reached(self, name: str) -> Tensor:
+        """What is kept, and what trains out of sight."""
+        return self.kept[name] if self.part is None else self.part.factor(name)
 
     def before_step(self, optimizers: Optimizers | None = None, check_finite: bool = True) -> None:
         """With final gradients: mask them, unless they are to reach removed weights too, or the mask moves in place of the
         step. `check_finite=False`: they may hold NaN or Inf, and a loss scaler skips the step then, and the mask with it."""
+        if self.gradients is not None and not self.method.settled(self.clock):
+            self._average(self.gradients, optimizers, check_finite)
         if self.hides:
+            if self.part is not None:
+                super().before_step(optimizers, check_finite)
             self._reveal()
+            if self.part is not None:
+                self.part.pull(self._hidden(), 1.0 if optimizers is None else optimizers.scale)
         elif optimizers is None or not self.wants_dense() or (not check_finite and optimizers.not_finite(self.model)):
             super().before_step(optimizers, check_finite)
         else:
@@ -99,7 +119,11 @@ class MovingWeights(MaskedWeights):
     def _after(self, clock: Clock, optimizers: Optimizers | None) -> None:
         hid, self.clock = self.hides, clock
         if not self.method.takes_step and self.method.due(clock):
-            self._move({}, clock, None if self.hides else optimizers)
+            self._reveal_all()
+            averages = {} if self.gradients is None else self.gradients.averages
+            self._move(averages, clock, None if self.hides else optimizers)
+            if self.part is not None:
+                self.part.choose({n: m for n, m in self.masks.items() if self.weights[n].requires_grad}, optimizers)
         if hid and not self.hides:  # what trained out of sight is gone for good
             self.forget(optimizers)
             torch._foreach_zero_(list(self._hidden().values()))
@@ -108,12 +132,14 @@ class MovingWeights(MaskedWeights):
     @torch.no_grad()
     def conceal(self) -> None:
         """Take removed weights out of the network and remember them, if they are in it."""
-        if self._revealed and self.hides:
+        if self._revealed and self.part is not None and not self._all:
+            self.part.conceal(self._hidden(), self.kept)
+        elif self._revealed and self.hides:
             for name, hidden in self._hidden().items():
                 weight = self.weights[name]
                 hidden.copy_(weight)
                 hidden.sub_(weight.mul_(self.kept[name]))  # filling in by a mask takes several times as long
-        self._revealed = False
+        self._revealed = self._all = False
 
     def exchange(self, swap: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """While an optimizer puts other weights into the network: those out of sight are exchanged with the rest."""
@@ -130,6 +156,21 @@ class MovingWeights(MaskedWeights):
         return self._logged()[1]
 
     # ---- inside
+
+    def _average(self, gradients: WholeGradients, optimizers: Optimizers | None, check_finite: bool) -> None:
+        if not check_finite and optimizers is not None and optimizers.not_finite(self.model):
+            gradients.skip()
+        else:
+            scale = 1.0 if optimizers is None else optimizers.scale
+            gradients.take(self.weights, self.kept, self.clock.step, scale)
+
+    def _arrives(self, name: str) -> None:
+        grad = self.weights[name].grad
+        if self.gradients is not None and grad is not None and not self.method.settled(self.clock):
+            seen, version = self._arrived.get(name, (lambda: None, -1))
+            goes_on = seen() is grad and grad._version == version + 1  # by the gradient that was added to it
+            self.gradients.arrives(name, grad, self.kept[name], goes_on)
+        super()._arrives(name)
 
     def _logged(self) -> tuple[int, dict[str, float]]:
         if self._numbers is None:
@@ -163,20 +204,38 @@ class MovingWeights(MaskedWeights):
             self.masks[name].copy_(mask)
             self.kept[name].copy_(sharding.like(mask, self.kept[name]))
             self.seen[name].logical_or_(mask)
+        if optimizers is not None and isinstance(self.method, Alternating) and self.method.restarts(clock):
+            optimizers.lose_momentum()
         self.changed.fill_(sum(counts))
         self._total += sum(more)
         self._mask = self._numbers = None
+        self.made.clear()
 
     def _connected(self, new: dict[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The method's next mask, or the one at hand where it connects nothing; what rank 0 says, unless weights are hidden."""
         if self.hides or ranks.rank() == 0:
-            may = self.wiring.allows(self.masks, {**self.masks, **new}, weights, self.hides)
+            comes_and_goes = isinstance(self.method, Alternating)
+            may = self.wiring.allows(self.masks, {**self.masks, **new}, weights, self.hides, last=not comes_and_goes)
+            if not may and isinstance(self.method, Alternating):
+                new = self.method.instead(new, weights)
+                may = self.wiring.allows(self.masks, {**self.masks, **new}, weights, self.hides)
+                if may:
+                    self._say_instead()
             new = new if may else {name: self.masks[name] for name in new}
         if not self.hides and ranks.world() > 1:
             new = ranks.broadcast(new, next(iter(self.weights.values())).device)
         if not self.hides and (ranks.rank() or self.wiring.known is None):
             self.wiring.moved({**self.masks, **new})
         return new
+
+    def _say_instead(self) -> None:
+        if not self._instead:
+            say(
+                f"mask {self.method.kind}: the largest weights of all layers connect nothing, and a phase has the largest of "
+                f"each layer in their place; set allocation: erk for it from the start, or a lower sparsity",
+                logging.WARNING,
+            )
+        self._instead = True
 
     def _say_frozen(self, frozen: list[str]) -> None:
         if frozen and frozen != self._frozen:
@@ -198,8 +257,19 @@ class MovingWeights(MaskedWeights):
                 f"mask {self.method.kind}: expected gradients alone, got some with a graph (create_graph=True), along which "
                 f"second-order optimizers go back once all weights are in the network; use another mask or optimizer"
             )
-        torch._foreach_add_(list(self.weights.values()), list(self._hidden().values()))
+        if self.part is None:
+            torch._foreach_add_(list(self.weights.values()), list(self._hidden().values()))
+        else:
+            self.part.reveal(self._hidden())
         self._revealed = True
+
+    @torch.no_grad()
+    def _reveal_all(self) -> None:
+        """Before the mask moves: those too that do not train."""
+        if self.part is not None and not self._all:
+            self.conceal()
+            torch._foreach_add_(list(self.weights.values()), list(self._hidden().values()))
+            self._revealed = self._all = True
 
     @torch.no_grad()
     def _share(self) -> None:
@@ -207,6 +277,8 @@ class MovingWeights(MaskedWeights):
         hidden = self._hidden()
         for name, value in ranks.broadcast(hidden, next(iter(self.weights.values())).device).items():
             hidden[name].copy_(value)
+        if self.part is not None:
+            self.part.share()
 
     def _hidden(self) -> dict[str, Tensor]:
         """Name -> the weight where it is removed, 0 elsewhere; empty if the method hides none."""

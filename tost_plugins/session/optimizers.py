@@ -19,6 +19,7 @@ from tost_plugins.training.sharding import any_rank, local
 
 _STEPS = ("step", "first_step", "second_step")  # of wrappers: the last two are those of SAM in its usual form
 _SWAPS = ("train", "eval")
+_MOMENTUM = ("momentum_buffer", "exp_avg")  # as torch calls it
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -55,13 +56,25 @@ class Optimizers:
         return iter(found.values())
 
     def rates(self) -> dict[int, float]:
-        """The learning rate of each parameter's group as it is now, by the parameter's id."""
-        return {
-            id(p): float(group.get("lr", 0.0))
-            for each in self.inner
-            for group in each.param_groups
-            for p in group["params"]
-        }
+        """The learning rate of each parameter's group as it is now, by the parameter's id: none where the group has no number.
+        Optimizers that find it by themselves (Prodigy, D-Adaptation) multiply it by their `d`."""
+        found: dict[int, float] = {}
+        for group in self.groups():
+            if group.get("lr") is not None:
+                found.update(dict.fromkeys(map(id, group["params"]), float(group["lr"]) * float(group.get("d", 1.0))))
+        return found
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a step is under way whose optimizer itself takes a loss scaler's factor out of the gradients: a fused one."""
+        return any(getattr(each, "grad_scale", None) is not None for each in self.inner)
+
+    @property
+    def scale(self) -> float:
+        """What the gradients at hand are multiplied by, where a fused optimizer divides by it in its step."""
+        return float(
+            next((each.grad_scale for each in self.inner if getattr(each, "grad_scale", None) is not None), 1.0)
+        )
 
     @property
     def sits_out(self) -> bool:
@@ -164,6 +177,14 @@ class Optimizers:
                         f"{type(optimizer).__name__}: what {key!r} holds for a single weight cannot be told and is left "
                         f"as it is; weights that come back start with what it remembers"
                     )
+
+    def lose_momentum(self) -> None:
+        """Set what is called momentum to 0, of all parameters."""
+        for optimizer in self.inner:
+            for param, state in optimizer.state.items():
+                for key, value in numbers(param, state):
+                    if key in _MOMENTUM:
+                        local(value).zero_()
 
     # ---- steps
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tost_plugins.masks.base import Moving
+from tost_plugins.masks.base import Alternating, Averaging, Moving
 from tost_plugins.masks.mask import Mask
 from tost_plugins.session import buffers, checks
 from tost_plugins.session.active_tweaks import ActiveTweaks
+from tost_plugins.session.around import AroundSteps
 from tost_plugins.session.compaction import Compaction
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.moving import MovingWeights
@@ -25,7 +26,6 @@ from tost_plugins.training import sharding
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.params import prunable
 from tost_plugins.training.task import Task
-from tost_plugins.tweaks.base import Step
 
 
 class Run:
@@ -39,7 +39,7 @@ class Run:
         self.compaction = Compaction(model, recipe.compact, recipe.mask, self.wiring)
         self.layers: tuple[str, ...] | None = None  # what has masks, from attach on
         self._places: Places | None = None
-        self._taken = False  # whether tweaks have seen the gradients of the step at hand
+        self._around = AroundSteps(tweaks)
         self._watcher: Any = None  # what the recipe's `watch` makes
 
     @property
@@ -54,6 +54,7 @@ class Run:
         self._set(self.saved.load(clock) if resumes else clock)
         self._watcher = None if self.recipe.watch is None else self.recipe.watch.begin(task, self.clock)
         self.compaction.check(self.params, self.tweaks.left_out)
+        self.tweaks.meet(optimizers, self.params)
         if resumes:
             say_resumed(self.recipe, self.given_mask, buffers.read_clock(self.model), clock, self._saved_mask())
             fresh = impose(self.model, self.recipe.mask, self.given_mask, self.params)
@@ -69,8 +70,11 @@ class Run:
         if not resumes:
             say_begun(self.recipe, self.given_mask, weights, self.tweaks, self.wiring.known)
         if optimizers is not None and (not weights.wants_dense() or getattr(self.recipe.mask, "freeze", None)):
-            kept = {weights.weights[name]: sharding.local(kept) for name, kept in weights.kept.items()}
-            say_what_counts(optimizers, kept, isinstance(self.recipe.mask, Moving) and self.recipe.mask.takes_step)
+            kept = {weight: sharding.local(weights.reached(name)) for name, weight in weights.weights.items()}
+            grows = isinstance(self.recipe.mask, (Averaging, Alternating)) or getattr(
+                self.recipe.mask, "takes_step", False
+            )
+            say_what_counts(optimizers, kept, grows)
         self._look()
 
     def look(self, where: str) -> None:
@@ -91,24 +95,16 @@ class Run:
             self._take_saved()
             self.take_mask()
 
-    def before_step(self, optimizers: Optimizers | None) -> None:
+    def before_step(self, optimizers: Optimizers | None, check_finite: bool = True) -> None:
         """With gradients final and masked: what tweaks make of them, unless the step at hand is not to be taken."""
-        self._taken = optimizers is not None and not optimizers.sits_out and self.tweaks.around_steps
-        if self._taken and optimizers is not None:
-            self.tweaks.before_step(self._around(optimizers))
-
-    def _around(self, optimizers: Optimizers) -> Step:
         assert self.weights is not None
-        rates = optimizers.rates()
-        return Step(self.weights.weights, self.weights.kept, lambda param: rates.get(id(param), 0.0), self.clock)
+        self._around.before(self.model, self.weights, self.clock, optimizers, check_finite)
 
     def step(self, step: int | None, optimizers: Optimizers | None) -> None:
         """When an optimizer step is done: removed weights are 0, the mask moves, schedules advance."""
-        taken, self._taken = self._taken, False
-        if taken and optimizers is not None:
-            self.tweaks.after_step(self._around(optimizers))
-        self.clock = self.clock.at(self.clock.step + 1 if step is None else step)
         assert self.weights is not None
+        self._around.after(self.weights, self.clock)
+        self.clock = self.clock.at(self.clock.step + 1 if step is None else step)
         self.weights.after_step(self.clock, optimizers)
         self.saved.stepped, self.saved.gone_back = True, False
         self._tick()

@@ -154,7 +154,7 @@ class Session(Loops):
             checks.gradients(self.model, self.optimizers, self.clock)
         self.weights.before_step(self.optimizers, check_finite)
         if self.state == "running":
-            self.run.before_step(self.optimizers)
+            self.run.before_step(self.optimizers, check_finite)
 
     def after_step(self, step: int | None = None) -> None:
         """After the optimizer's step: set removed weights to exactly 0, count the step and advance the schedules.

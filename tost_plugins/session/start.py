@@ -36,16 +36,18 @@ def begin(
     wiring: Wiring,
     compaction: Compaction,
 ) -> None:
-    """Find the mask to train with, see that it connects, put it into the model's buffers, and apply it unless removed weights
-    train out of sight."""
+    """Find the mask to train with, see that it connects, put it into the model's buffers, with the weights that some methods
+    bring along, and apply it unless removed weights train out of sight."""
     method = recipe.mask
     with tweaks.quiet():
         tweaks.look(task)
     # without tweaks nothing can go wrong any more when the mask is found
     before = {param: param.detach().clone() for param in task.model.parameters()} if tweaks.active else {}
     with tweaks.quiet():
-        mask = compaction.live(_find(task, method, given, recipe.seed, wiring))
+        found = _find(task, method, given, recipe.seed, wiring)
+        mask = compaction.live(found)
         try:
+            _put(masks.starting_weights(method, task, found, recipe.seed) if given is None else {}, task)
             if tweaks.active and not (isinstance(method, Moving) and method.hides and not method.settled(clock)):
                 mask.apply_(task.params)  # else when the run takes the mask over
             tweaks.start(task, mask)
@@ -57,6 +59,15 @@ def begin(
     for which in (buffers.MASK, buffers.SEEN) if isinstance(method, Moving) else (buffers.MASK,):
         for name, buffer in buffers.beside(task.model, dict(task.params), which).items():
             buffer.copy_(mask[name])
+
+
+@torch.no_grad()
+def _put(weights: Mapping[str, torch.Tensor], task: Task) -> None:
+    """Start with these weights in place of the network's own."""
+    for name, weight in weights.items():
+        task.params[name].copy_(weight)
+    if weights:
+        say(f"{len(weights)} layers start with weights that come with the mask")
 
 
 def say_begun(

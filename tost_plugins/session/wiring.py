@@ -56,27 +56,35 @@ class Wiring:
         self.known = connected.connects(mask, self.paths)
 
     def allows(
-        self, old: Mapping[str, Tensor], new: Mapping[str, Tensor], weights: Mapping[str, Tensor], often: bool
+        self,
+        old: Mapping[str, Tensor],
+        new: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        often: bool,
+        last: bool = True,
     ) -> bool:
         """Whether the mask may become `new`: whether that connects the inputs with the outputs or, where that cannot be known,
-        empties no layer; one line where it may not, and the `old` one stays. `often`: it moves at every step."""
+        empties no layer; one line where it may not, and the `old` one stays. `often`: it moves at every step; not `last`: there
+        is another one to try, and nothing to say."""
         self.known = None
         if self.paths is None:
-            return self._may(not set(empty(new)) - set(empty(old)), "a layer without any weight")
+            return self._may(not set(empty(new)) - set(empty(old)), last, "a layer without any weight")
         if often and self._holds(new):
             return True
         found = connected.connects(new, self.paths)
         if found is not None and not found.connected:
-            return self._may(False, f"no path from the inputs to the outputs: the last one ends at {found.ends}")
+            return self._may(False, last, f"no path from the inputs to the outputs: the last one ends at {found.ends}")
         if found is not None and often:
             self._witness = self._found(new, weights)
         self.known = None if often else found
         if found is not None and set(found.empty) - set(self._told):
             connected.tell_empty(list(found.empty))
             self._told = found.empty
-        return self._may(True)
+        return self._may(True, last)
 
-    def _may(self, may: bool, why: str = "") -> bool:
+    def _may(self, may: bool, last: bool, why: str = "") -> bool:
+        if not may and not last:
+            return False
         if not may and not self._refused:
             say(
                 f"mask: a move is left out, and the mask before it stays, since the new one would leave {why}",

@@ -20,13 +20,18 @@ STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True)
 class Step:
-    """What a tweak may act on around an optimizer's step: the masked weights by name, each mask as numbers of the weight's own
-    dtype and place (1 kept, 0 removed), the learning rate of a weight's group, and the steps finished before this one."""
+    """What a tweak may act on around an optimizer's step. By name: the masked weights; each mask as numbers of the weight's own
+    dtype and place (1 kept, 0 removed); the final gradients, of those weights that have one: before the step those themselves,
+    and only those that tweaks have not seen yet, after it as they were then, unscaled, on each rank its part. Then the learning
+    rate of a weight's group in this step, 0 without one, the steps finished before it, and a place for what is made of the
+    masks, which is empty again when one moves."""
 
     weights: Mapping[str, nn.Parameter]
     kept: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
     rate: Callable[[nn.Parameter], float]
     clock: Clock
+    made: dict[str, Any]
 
 
 @pydantic_dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -63,12 +68,14 @@ class Tweak:
         loaded, the forward pass is the plain network's."""
 
     def before_step(self, model: nn.Module, step: Step) -> None:
-        """Once in every step, with gradients final, unscaled or not, and masked: the last word before the optimizer's. Not called
-        where the mask moves in place of the step."""
+        """Once in every step, with gradients final, masked and, but for fused optimizers that do it themselves, unscaled: the
+        last word before the optimizer's. A closure may compute several, each of which comes by. Not called where the mask moves
+        in place of the step, or a loss scaler skips it. Where removed weights train out of sight (dnw) they are in the network,
+        and their gradients with them."""
 
     def after_step(self, model: nn.Module, step: Step) -> None:
-        """When the optimizer has stepped, its gradients still there: before removed weights become 0 and the step is counted.
-        Not called where a loss scaler has skipped the step."""
+        """When the optimizer has stepped: before removed weights become 0 and the step is counted. Not called where
+        `before_step` was not. Who changes weights here is only met by optimizers that leave them so."""
 
     def detach(self, model: nn.Module) -> None:
         """Give the model back its own modules, state-dict keys and forward pass."""

@@ -4,8 +4,10 @@ row here, an entry in `OPTIONS` of tests/mask_nets.py, by which the laws run ove
 May import: errors, training, files, masks.
 """
 
+from tost_plugins.masks.methods.ac_dc import AcDc
 from tost_plugins.masks.methods.auto import Auto
 from tost_plugins.masks.methods.dnw import Dnw
+from tost_plugins.masks.methods.eoi import Eoi
 from tost_plugins.masks.methods.file import File
 from tost_plugins.masks.methods.from_zeros import FromZeros
 from tost_plugins.masks.methods.gradual import Gradual
@@ -15,8 +17,10 @@ from tost_plugins.masks.methods.magnitude import Magnitude
 from tost_plugins.masks.methods.random import Random
 from tost_plugins.masks.methods.rigl import RigL
 from tost_plugins.masks.methods.set import Set
+from tost_plugins.masks.methods.snfs import Snfs
 from tost_plugins.masks.methods.snip import Snip
 from tost_plugins.masks.methods.synflow import SynFlow
+from tost_plugins.masks.methods.top_kast import TopKast
 
 MASKS: dict[str, type] = {
     "auto": Auto,
@@ -27,9 +31,13 @@ MASKS: dict[str, type] = {
     "snip": Snip,
     "grasp": Grasp,
     "synflow": SynFlow,
+    "eoi": Eoi,
     "lottery_ticket": LotteryTicket,
     "set": Set,
     "rigl": RigL,
+    "snfs": Snfs,
     "dnw": Dnw,
+    "top_kast": TopKast,
     "gradual": Gradual,
+    "ac_dc": AcDc,
 }
