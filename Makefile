@@ -10,7 +10,7 @@ PYTEST = OMP_NUM_THREADS=1 TOST_ALLOW_SKIPS="$(1)" $(2)/bin/pytest
 .NOTPARALLEL:
 
 demo: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/tost compare quickstart --out demo --resume
+	OMP_NUM_THREADS=1 .venv/bin/tost compare demo --out demo --resume
 	OMP_NUM_THREADS=1 .venv/bin/tost speed quickstart_compact --out demo/speed
 
 test: .venv/installed

@@ -29,6 +29,10 @@ ABOUT = """
 stored; "compact": what `tost_plugins.compact` makes of that, the same outputs without the channels that no path runs through.
 "eager" is PyTorch, "compiled" `torch.compile`; ONNX Runtime and OpenVINO run the files of `tost export --onnx`, on as many
 threads. "packed" files are those of `tost export --packed`.
+
+Why the latency falls by less than the operations do: of the forward pass's operations VGG-16, ResNet-18, ResNet-32, ResNet-20 and
+MobileNetV2 have 0.31, 0.43, 0.32, 0.29 and 0.24 left, of its maps 0.74, 0.80, 0.69, 0.66 and 0.46. The widest maps, those of
+the first layers, lose the fewest channels, and few channels on many places are bound by memory, as depthwise convolutions are.
 """
 
 SPARSITY = 0.98

@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from tost_plugins import Mask, Session, TostCallback, TostError
+from tost_plugins import Mask, Recipe, Session, TostCallback, TostError
 from tost_plugins.training.params import prunable
 from tost_plugins.tweaks.surgery.swap import mixins_of
 
@@ -166,7 +166,8 @@ def test_one_line_trains_a_model_of_the_hub_and_leaves_no_trace(tmp_path: Path) 
     plain, parameters = copy.deepcopy(model), dict(model.named_parameters())
 
     default = TrainingArguments.default_optim
-    trainer = make(tmp_path, [TostCallback()], model, max_steps=6, learning_rate=0.01, optim=default)
+    tweaks = [tweak | {"least_steps": 0} for tweak in Recipe.of(None).to_dict()["tweaks"]]  # else they rest in 6 steps
+    trainer = make(tmp_path, [TostCallback(tweaks=tweaks)], model, max_steps=6, learning_rate=0.01, optim=default)
     trainer.train()
 
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, TostCallback))
