@@ -102,7 +102,8 @@ Key = tuple[int, str, float, str]  # seed, mask, sparsity and setting
 def cell(options: argparse.Namespace, key: Key) -> float:
     """Validation accuracy in percent of one setting on one mask after its last epoch, from disk or trained here."""
     seed, mask, sparsity, setting = key
-    path = options.out / f"{mask}-{sparsity:g}-{setting.replace(', ', '+').replace(' ', '_')}-seed{seed}.json"
+    live = "live-" * (options.budget == "live")
+    path = options.out / f"{live}{mask}-{sparsity:g}-{setting.replace(', ', '+').replace(' ', '_')}-seed{seed}.json"
     if not path.exists():
         torch.set_num_threads(1)
         path.write_text(json.dumps(train(options, *key)))
@@ -117,6 +118,8 @@ def train(options: argparse.Namespace, seed: int, mask: str, sparsity: float, se
     content = Recipe.load("cifar10_short").to_dict() | {"seed": seed, "tweaks": SETTINGS[setting]}
     batches = {"batches": 2} if mask == "snip" else {}
     content["mask"] = {"kind": mask, "sparsity": sparsity, "on_collapse": "keep_one", **batches}
+    if options.budget == "live":
+        content["mask"] |= {"budget": "live", "on_collapse": "error"}
     recipe = Recipe.from_dict(content | {"model": options.model, "data": {**content["data"], "limit": options.limit}})
     found, spec, halved = _load(recipe.data), recipe.optimizer, options.halved
     torch.manual_seed(seed)
@@ -165,6 +168,7 @@ def main() -> None:
     parser.add_argument("--halved", action="store_true", help="images of 16 x 16 pixels")
     parser.add_argument("--masks", nargs="*", default=["snip"], help="mask methods")
     parser.add_argument("--sparsities", nargs="*", type=float, default=[0.98])
+    parser.add_argument("--budget", choices=("kept", "live"), default="kept", help="of the masks")
     parser.add_argument("--model", default="cifar/resnet20")
     parser.add_argument("--limit", type=int, default=20000, help="training images")
     parser.add_argument("--epochs", type=int, default=6)
