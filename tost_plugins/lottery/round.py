@@ -37,6 +37,7 @@ class Round:
     ) -> None:
         self.ticket, self.model, self.number, self.mask = ticket, model, number, mask
         self._early, self._last, self._save_every = folder.parent / "early.pt", folder / "last.pt", save_every
+        self._goes_on = ticket.weights != "own" or ticket.keeps_weights  # with the weights that the model has already
         self._used = False
 
     def steps(
@@ -46,7 +47,8 @@ class Round:
         `rewind` in the others, with model, optimizer, `others` and torch's random state as they were then.
 
         `others` is all else that has a state: learning-rate schedules, a loss scaler. Each turn of the loop is one
-        optimizer step; batches that depend on the step's number alone are the same in each round. Gradients are masked
+        optimizer step; batches that depend on the step's number alone are the same in each round. With rewind
+        "learning_rate" all but the model is as it was at step 0. Gradients are masked
         before the step, weights and optimizer state after it. Raises TostError on an optimizer that lacks weights of
         the model, on `rewind` in epochs without `steps_per_epoch`, and when it is called twice.
         """
@@ -55,7 +57,7 @@ class Round:
         self._used = True
         params = prunable(unwrap(self.model), self.ticket.ignore)
         optimizers, weights = Optimizers(optimizer, params), MaskedWeights(params, self.mask)
-        first = rounds.first_step(self.ticket.rewind, Clock(0, total, steps_per_epoch))
+        first = rounds.first_step(self.ticket, Clock(0, total, steps_per_epoch))
         parts = (self.model, optimizer, *others)
         step = self._restore(parts)
         weights.zero()
@@ -86,7 +88,8 @@ class Round:
                 f"round.steps: expected the {len(saved['parts'])} parts with a state that the dense round had, got "
                 f"{len(parts)}; give optimizer and schedules in every round alike"
             )
-        for part, state in zip(parts, saved["parts"], strict=True):
+        states = list(zip(parts, saved["parts"], strict=True))
+        for part, state in states[1:] if path == self._early and self._goes_on else states:
             part.load_state_dict(state)
         rng.restore(saved["rng"])
         return saved["step"]
