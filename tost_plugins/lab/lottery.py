@@ -44,6 +44,11 @@ def lottery(recipe: Recipe, out: str | Path, resume: bool = False, listen: Liste
             f"tost lottery: expected a recipe whose mask is a lottery_ticket, got {ticket.kind!r}; "
             f"write mask: {{kind: lottery_ticket, sparsity: 0.9}}, or use tost train"
         )
+    if ticket.removed != "zero":
+        raise TostError(
+            "mask.removed: expected zero, got 'initial'; under a trainer removed weights are 0: use LotteryTicket(...).run(...) "
+            "with a loop over round.steps"
+        )
     check_out(out, recipe, resume)
     job = prepare(recipe, out)
     first = first_step(ticket, Clock(0, job.total_steps, job.steps_per_epoch))

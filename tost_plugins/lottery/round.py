@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tost_plugins.errors import TostError
 from tost_plugins.files import pickles
 from tost_plugins.files.atomic import replacing
+from tost_plugins.files.tensors import by_clean_name
 from tost_plugins.lottery import rounds
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods.lottery_ticket import LotteryTicket
@@ -56,7 +57,8 @@ class Round:
             raise TostError("round.steps: expected one loop in a round, got a second; count all steps in one")
         self._used = True
         params = prunable(unwrap(self.model), self.ticket.ignore)
-        optimizers, weights = Optimizers(optimizer, params), MaskedWeights(params, self.mask)
+        optimizers = Optimizers(optimizer, params)
+        weights = MaskedWeights(params, self.mask, self._frozen())
         first = rounds.first_step(self.ticket, Clock(0, total, steps_per_epoch))
         parts = (self.model, optimizer, *others)
         step = self._restore(parts)
@@ -76,6 +78,13 @@ class Round:
             stop()
             weights.release()
 
+    def _frozen(self) -> dict[str, Tensor] | None:
+        """What removed weights are where that is not 0: their initial values."""
+        if self.ticket.removed == "zero":
+            return None
+        initial = first_weights(self._early.parent / "initial.pt")
+        return {name: initial[name].masked_fill(keep, 0) for name, keep in self.mask.items()}
+
     def _restore(self, parts: tuple[Any, ...]) -> int:
         """Go back to this round's last checkpoint, or to the dense round's early state; 0 where there is neither."""
         candidates = (self._last, self._early) if self.number else (self._last,)
@@ -93,6 +102,11 @@ class Round:
             part.load_state_dict(state)
         rng.restore(saved["rng"])
         return saved["step"]
+
+
+def first_weights(path: Path) -> dict[str, Tensor]:
+    """Name -> weight, from what `save` has written of a model before the dense round."""
+    return by_clean_name(pickles.load(path)["parts"][0])
 
 
 def save(path: Path, parts: tuple[Any, ...], step: int) -> None:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from tost_plugins.errors import TostError
 from tost_plugins.files import pickles
 from tost_plugins.files.atomic import read_json, write
-from tost_plugins.files.tensors import by_clean_name
 from tost_plugins.lottery import rounds
-from tost_plugins.lottery.round import Round, save
+from tost_plugins.lottery.round import Round, first_weights, save
 from tost_plugins.masks.base import STRICT
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods import lottery_ticket
@@ -81,8 +80,7 @@ class LotteryTicket(lottery_ticket.LotteryTicket):
             bare.load_state_dict(pickles.load(weights)["parts"][0])
             return params, read_json(done)
 
-        first = by_clean_name(pickles.load(out / "initial.pt")["parts"][0])
-        return list(rounds.each(self, Mask.dense(params), out, one, first))
+        return list(rounds.each(self, Mask.dense(params), out, one, first_weights(out / "initial.pt")))
 
 
 def _check(ticket: LotteryTicket, out: Path, resume: bool) -> None:
@@ -121,7 +119,8 @@ def _begin(
         seed = int(torch.randint(2**31, (number + 1,))[-1])  # others in each round, and the same when it runs again
         ticket.restart(params, mask, seeds.generator(seed))
         rng.restore(saved["rng"])
-    mask.apply_({name: param.detach() for name, param in params.items()})
+    if ticket.removed == "zero":
+        mask.apply_({name: param.detach() for name, param in params.items()})
 
 
 def _scores(returned: Any) -> dict[str, float]:
@@ -135,12 +134,15 @@ def _scores(returned: Any) -> dict[str, float]:
 
 
 def _conclude(ticket: LotteryTicket, out: Path, mask: Mask, params: Mapping[str, nn.Parameter]) -> None:
-    """Check the promises: zeros outside the mask, and an early state where one is to be rewound to."""
+    """Check the promises: zeros outside the mask (or initial values), and an early state where one is to be rewound to."""
+    zero = ticket.removed == "zero"
+    initial = {} if zero else first_weights(out / "initial.pt")
     for name, keep in mask.items():
-        if bool(params[name].detach().cpu()[~keep].any()):
+        removed = params[name].detach().cpu()[~keep]
+        if bool(removed.any()) if zero else not torch.equal(removed, initial[name][~keep].to(removed)):
             raise TostError(
-                f"expected zeros outside the mask after training, got others in {name}; loop over "
-                f"round.steps(...), or give round.mask to the session or adapter that trains"
+                f"expected {'zeros' if zero else 'initial values'} outside the mask after training, got others in {name}; "
+                f"loop over round.steps(...), or give round.mask to the session or adapter that trains"
             )
     if ticket.first_step(Clock(0, 1000, 10)) and not (out / "early.pt").exists():
         raise TostError(

@@ -57,10 +57,10 @@ class LotteryTicket:
     before has made of them, and the rest starts anew; `score`, what tells a weight's worth from its value v at the
     round's end, and from w, its value before the dense round (`ticket_score` has the formulas): "large_final" is |v|;
     `weights`, what the kept ones start from: "own" values, the own signs with their layer's standard deviation
-    ("constant_sign"), each other's values ("reshuffled") or "new" ones, the last three from 0ba alone;
-    `allocation`, "global" compares all layers, "uniform" removes
-    the same share of every layer's survivors; `ignore`, globs of layers to leave alone; `on_collapse`, for a layer
-    that loses everything.
+    ("constant_sign"), each other's values ("reshuffled") or "new" ones, the last three from 0ba alone; `removed`, what the
+    others are: "zero", or, within `round.steps` of `run` alone, frozen at their "initial" values; `allocation`, "global"
+    compares all layers, "uniform" removes the same share of every layer's survivors; `ignore`, globs of layers to leave
+    alone; `on_collapse`, for a layer that loses everything.
 
     Paper: Frankle and Carbin, The Lottery Ticket Hypothesis, ICLR 2019; rewinding to an early state: Frankle et al.,
     Linear Mode Connectivity and the Lottery Ticket Hypothesis, ICML 2020; `score` and `weights`: Zhou et al.,
@@ -68,9 +68,8 @@ class LotteryTicket:
     Carbin, Comparing Rewinding and Fine-tuning in Neural Network Pruning, ICLR 2020.
     Differs from the paper: exact counts, and the last round has exactly `sparsity`; the output layer is pruned like the
     others (theirs at half the rate). In "large_init_large_final" and its counterpart the scale between initial and final
-    weights makes their layer's means equal, where the code of Zhou et al. looks for the one at which equal shares pass;
-    removed weights are 0 always, where one of their experiments keeps them at their initial values. "learning_rate"
-    runs the whole schedule again, the paper any part of it; momentum starts anew.
+    weights makes their layer's means equal, where the code of Zhou et al. looks for the one at which equal shares pass.
+    "learning_rate" runs the whole schedule again, the paper any part of it; momentum starts anew.
 
     Example:
         >>> ticket = LotteryTicket(sparsity=0.5)
@@ -87,6 +86,7 @@ class LotteryTicket:
     rewind: Rewind = Time(0, "ba")
     score: TicketScore = "large_final"
     weights: KeptWeights = "own"
+    removed: Literal["zero", "initial"] = "zero"
     allocation: Literal["global", "uniform"] = "global"
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
