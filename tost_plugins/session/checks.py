@@ -76,8 +76,8 @@ def gradients(model: nn.Module, optimizers: Optimizers, clock: Clock) -> None:
 
 
 def same_recipe(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise TostError unless a checkpoint's recipe has the mask and tweaks of this one."""
-    differ = [key for key in ("mask", "tweaks") if _lasting(saved.get(key)) != _lasting(own.get(key))]
+    """Raise TostError unless a checkpoint's recipe has the mask and tweaks of this one, and trains the same part."""
+    differ = [key for key in ("mask", "tweaks", "train") if _lasting(saved.get(key)) != _lasting(own.get(key))]
     if differ:
         raise TostError(
             f"load_state_dict: expected a checkpoint of the same {' and '.join(differ)}, got "

@@ -19,6 +19,7 @@ from tost_plugins.session.optimizers import Optimizers
 from tost_plugins.session.places import Places
 from tost_plugins.session.saved_clock import SavedClock
 from tost_plugins.session.start import begin, impose, say_begun, say_resumed
+from tost_plugins.session.trained_part import TrainedPart
 from tost_plugins.session.whole_tensors import say_what_counts
 from tost_plugins.session.wiring import Wiring
 from tost_plugins.training import sharding
@@ -34,6 +35,7 @@ class Run:
     def __init__(self, model: nn.Module, recipe: Any, given_mask: Mask | None, tweaks: ActiveTweaks) -> None:
         self.model, self.recipe, self.given_mask, self.tweaks = model, recipe, given_mask, tweaks
         self.clock, self.saved = Clock(), SavedClock(model)
+        self.part = TrainedPart(model, recipe.train)
         self.weights: MaskedWeights | None = None
         self.wiring = Wiring()
         self.compaction = Compaction(model, recipe.compact, recipe.mask, self.wiring)
