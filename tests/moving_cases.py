@@ -1,4 +1,4 @@
-"""The masks that move, as the tests of them try each: five cases of four kinds, all with several moves in ten steps."""
+"""The masks that move, as the tests of them try each: six cases of five kinds, all with several moves in ten steps."""
 
 import contextlib
 from collections.abc import Callable
@@ -16,6 +16,7 @@ MOVING = {
     "rigl": {"kind": "rigl", "sparsity": 0.6, "every": "2ba", "until": "8ba", "drop": 0.6},
     "dnw": {"kind": "dnw", "sparsity": 0.6},
     "dnw_frozen": {"kind": "dnw", "sparsity": 0.6, "freeze": "5ba"},
+    "edge_popup": {"kind": "edge_popup", "sparsity": 0.6, "until": "8ba"},
     "gradual": {"kind": "gradual", "sparsity": 0.8, "initial": 0.2, "begin": "1ba", "until": "8ba", "every": "2ba"},
 }
 #: case -> after how many steps the mask may be another one than before the last of them.
@@ -24,6 +25,7 @@ MOVES = {
     "rigl": [3, 5, 7],
     "dnw": list(range(1, 11)),
     "dnw_frozen": [1, 2, 3, 4, 5],
+    "edge_popup": list(range(1, 9)),
     "gradual": [1, 3, 5, 7, 8],
 }
 STEPS = 10

@@ -377,9 +377,8 @@ def test_the_laws_hold_after_every_step(case: str, optimizer: str) -> None:
             moved += [i] if new != old else []
             old = new
     assert set(moved) <= set(MOVES[case]) and len(moved) > 1
-    assert (
-        case.startswith("dnw") or moved == MOVES[case][case == "gradual" :]
-    )  # at its begin, gradual has nothing to cut
+    # at its begin, gradual has nothing to cut; others may find nothing to change
+    assert case in ("dnw", "dnw_frozen", "edge_popup") or moved == MOVES[case][case == "gradual" :]
     assert session.mask == old == Mask.from_zeros(prunable(net))
 
 
@@ -407,7 +406,7 @@ def test_the_same_seed_gives_the_same_history(case: str) -> None:
     first = history(case, seed=1)
     torch.rand(7)
     assert history(case, seed=1) == first
-    assert (history(case, seed=2) == first) == (case not in ("set", "rigl"))
+    assert (history(case, seed=2) == first) == (case not in ("set", "rigl", "edge_popup"))
 
 
 def test_set_moves_at_random() -> None:

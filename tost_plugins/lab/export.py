@@ -127,7 +127,7 @@ def _number(path: Path) -> int:
 
 
 def _is_ours(name: str) -> bool:
-    own = (buffers.MASK, buffers.SEEN, buffers.HIDDEN, buffers.CLOCK, buffers.CHANGED, "tost_beta")
+    own = (*buffers.BESIDE, buffers.CLOCK, buffers.CHANGED, "tost_beta")
     return ".ghost_skip." in f".{name}" or name.rsplit(".", 1)[-1] in own
 
 

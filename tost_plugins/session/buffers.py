@@ -9,15 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks.base import MaskMethod, Moving
+from tost_plugins.masks.base import MaskMethod, Moving, Scored
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
 from tost_plugins.training.params import device_of, is_transposed, owners, plain_modules, prunable, some
 
 MASK, CLOCK = "weight_mask", "tost_clock"
 SEEN, HIDDEN = "weight_seen", "weight_hidden"  # of masks that move: what was ever kept, and what trains out of sight
+FIXED, SCORES, SPEEDS = (
+    "weight_fixed",
+    "weight_scores",
+    "weight_speeds",
+)  # of scored masks: values, scores, their momenta
+BESIDE = (MASK, SEEN, HIDDEN, FIXED, SCORES, SPEEDS)  # a weight
 CHANGED = "tost_changed"  # how many entries the last move of a mask has changed
-_OURS = (MASK, SEEN, HIDDEN, CLOCK, CHANGED, "alpha", "alive", "tost_beta")
+_OURS = (*BESIDE, CLOCK, CHANGED, "alpha", "alive", "tost_beta")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -25,7 +31,7 @@ def check_free(model: nn.Module, params: dict[str, nn.Parameter]) -> None:
     """Raise TostError where something else has the name of one of ours, which would be overwritten; in a copy of an
     attached model it is ours."""
     for name, module in owners(model, params).items() if not hasattr(model, CLOCK) else ():
-        taken = [key for key in (MASK, SEEN, HIDDEN) if hasattr(module, key)]
+        taken = [key for key in BESIDE if hasattr(module, key)]
         if taken:
             layer = name.removesuffix(".weight").removesuffix("weight")
             raise TostError(
@@ -55,6 +61,14 @@ class Added:
                 put(module, SEEN, torch.zeros_like(params[name], dtype=torch.bool))
             if isinstance(method, Moving) and method.hides:
                 put(module, HIDDEN, torch.zeros_like(params[name]).detach())
+            if isinstance(method, Scored):
+                put(module, FIXED, torch.zeros_like(params[name]).detach())
+                for which in (SCORES, SPEEDS):
+                    put(
+                        module,
+                        which,
+                        torch.zeros(params[name].shape, dtype=_wide(params[name]), device=params[name].device),
+                    )
         put(model, CLOCK, torch.full((3,), -1, dtype=torch.int64, device=device_of(model)))
         if isinstance(method, Moving):
             put(model, CHANGED, torch.zeros((), dtype=torch.int64, device=device_of(model)))
@@ -68,12 +82,17 @@ class Added:
     def remove(self) -> None:
         """Take all of it away again."""
         for _, module in self._layers:
-            for name in {MASK, SEEN, HIDDEN} & module._buffers.keys():
+            for name in set(BESIDE) & module._buffers.keys():
                 delattr(module, name)
         for name in {CLOCK, CHANGED} & self.model._buffers.keys():
             delattr(self.model, name)
         for undo in self._undo:
             undo()
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    """What numbers beside a weight are computed in: real, and of 32 bits at least."""
+    return torch.promote_types(weight.real.dtype, torch.float32)
 
 
 def names(model: nn.Module) -> set[str]:
@@ -87,7 +106,7 @@ def known(model: nn.Module) -> set[str]:
 
 
 def beside(model: nn.Module, params: dict[str, nn.Parameter], which: str = MASK) -> dict[str, Tensor]:
-    """Name of a weight -> the buffer beside it: MASK, SEEN or HIDDEN."""
+    """Name of a weight -> the buffer beside it: one of `BESIDE`."""
     return {name: getattr(module, which) for name, module in owners(model, params).items()}
 
 
@@ -142,7 +161,7 @@ def _leave_out_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str)
     foreign = [
         name
         for name in state_dict
-        if name.startswith(prefix) and name.rpartition(".")[2] in (MASK, SEEN, HIDDEN)
+        if name.startswith(prefix) and name.rpartition(".")[2] in BESIDE
         and (short := name.removeprefix(prefix)) not in own and short.rpartition(".")[0] + ".weight" in own
     ]  # fmt: skip
     for name in foreign:
@@ -184,4 +203,4 @@ def _check_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> 
 
 def _of_a_session(name: str) -> bool:
     """Whether an entry of an attached model's state dict is one that the plain network does not have."""
-    return any(part in f".{name}" for part in (f".{MASK}", f".{SEEN}", f".{HIDDEN}", ".ghost_skip.", ".tost_"))
+    return any(part in f".{name}" for part in (*(f".{which}" for which in BESIDE), ".ghost_skip.", ".tost_"))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks.base import MaskMethod, Moving
+from tost_plugins.masks.base import MaskMethod, Moving, Scored
 from tost_plugins.session import buffers
 from tost_plugins.session.link import session_of
 from tost_plugins.session.masked_weights import MaskedWeights
@@ -40,7 +40,7 @@ def in_whole(weights: Mapping[str, nn.Parameter], method: MaskMethod, watch: Any
     """Raise TostError where weights are kept in parts that the recipe's mask or watch cannot work with."""
     if not any(map(sharding.is_part, weights.values())):
         return
-    if isinstance(method, Moving) and method.hides:
+    if isinstance(method, Moving) and (method.hides or isinstance(method, Scored)):
         raise TostError(
             f"mask {method.kind}: expected whole weights on every rank, got FSDP2's parts, of which no rank can "
             f"tell the largest after every step; use DDP, or a mask that moves now and then (rigl, set, gradual)"

@@ -144,10 +144,11 @@ class MovingWeights(MaskedWeights):
     def _move(self, grads: Mapping[str, Tensor], clock: Clock, optimizers: Optimizers | None) -> None:
         """Put the method's next mask into the buffers.
 
-        Randomness comes from the seed and the step alone. Every rank gets rank 0's mask, except after each step of a
-        method that hides weights: there it follows from weights that are equal on all ranks.
+        Randomness comes from the seed and the step alone. Every rank gets rank 0's mask, except where it moves after each
+        step: there it follows from numbers that are equal on all ranks.
         """
-        weights, grads = ({n: sharding.whole(t) for n, t in tensors.items()} for tensors in (self.weights, grads))
+        looked_at = self._looked_at()
+        weights, grads = ({n: sharding.whole(t) for n, t in tensors.items()} for tensors in (looked_at, grads))
         moving = {name: mask for name, mask in self.masks.items() if self.weights[name].requires_grad}
         self._say_frozen([name for name in self.masks if name not in moving])
         generator = seeds.generator(self.seed, clock.step)
@@ -168,15 +169,19 @@ class MovingWeights(MaskedWeights):
         self._mask = self._numbers = None
 
     def _connected(self, new: dict[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The method's next mask, or the one at hand where it connects nothing; what rank 0 says, unless weights are hidden."""
-        if self.hides or ranks.rank() == 0:
-            may = self.wiring.allows(self.masks, {**self.masks, **new}, weights, self.hides)
+        """The method's next mask, or the one at hand where it connects nothing; rank 0 decides, unless it moves at each step."""
+        if self.restless or ranks.rank() == 0:
+            may = self.wiring.allows(self.masks, {**self.masks, **new}, weights, self.restless)
             new = new if may else {name: self.masks[name] for name in new}
-        if not self.hides and ranks.world() > 1:
+        if not self.restless and ranks.world() > 1:
             new = ranks.broadcast(new, next(iter(self.weights.values())).device)
-        if not self.hides and (ranks.rank() or self.wiring.known is None):
+        if not self.restless and (ranks.rank() or self.wiring.known is None):
             self.wiring.moved({**self.masks, **new})
         return new
+
+    def _looked_at(self) -> Mapping[str, Tensor]:
+        """What the method is shown as the weights."""
+        return self.weights
 
     def _say_frozen(self, frozen: list[str]) -> None:
         if frozen and frozen != self._frozen:

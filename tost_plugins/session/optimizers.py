@@ -63,6 +63,11 @@ class Optimizers:
             for p in group["params"]
         }
 
+    def scale(self) -> float:
+        """What the gradients at hand are multiplied by: a loss scaler leaves it to fused optimizers to divide by it."""
+        scales = (getattr(each, "grad_scale", None) for each in self.inner)
+        return next((float(scale) for scale in scales if scale is not None), 1.0)
+
     @property
     def sits_out(self) -> bool:
         """Whether the step at hand is not taken: the mask moves in its place."""

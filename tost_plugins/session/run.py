@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tost_plugins.masks.base import Moving
+from tost_plugins.masks.base import Moving, Scored
 from tost_plugins.masks.mask import Mask
 from tost_plugins.session import buffers, checks
 from tost_plugins.session.active_tweaks import ActiveTweaks
@@ -18,6 +18,7 @@ from tost_plugins.session.moving import MovingWeights
 from tost_plugins.session.optimizers import Optimizers
 from tost_plugins.session.places import Places
 from tost_plugins.session.saved_clock import SavedClock
+from tost_plugins.session.scored import ScoredWeights
 from tost_plugins.session.start import begin, impose, say_begun, say_resumed
 from tost_plugins.session.trained_part import TrainedPart
 from tost_plugins.session.whole_tensors import say_what_counts
@@ -137,7 +138,9 @@ class Run:
         params, method = self.params, self.recipe.mask
         with self.tweaks.quiet():
             self.compaction.plan(buffers.beside(self.model, params), self.tweaks.left_out)
-        if isinstance(method, Moving):
+        if isinstance(method, Scored):
+            weights = self._keep(ScoredWeights(self.model, params, method, self.recipe.seed, self.wiring))
+        elif isinstance(method, Moving):
             weights = self._keep(MovingWeights(self.model, params, method, self.recipe.seed, self.wiring))
         else:
             weights = self._keep(MaskedWeights(params, buffers.beside(self.model, params)))

@@ -11,7 +11,7 @@ from torch import nn
 
 from tost_plugins import masks
 from tost_plugins.errors import TostError
-from tost_plugins.masks.base import MaskMethod, Moving
+from tost_plugins.masks.base import MaskMethod, Moving, Scored
 from tost_plugins.masks.given import fitted
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.paths.connectivity import Connectivity
@@ -46,7 +46,9 @@ def begin(
     with tweaks.quiet():
         mask = compaction.live(_find(task, method, given, recipe.seed, wiring))
         try:
-            if tweaks.active and not (isinstance(method, Moving) and method.hides and not method.settled(clock)):
+            if isinstance(method, Scored):
+                method.prepare(task.params, mask)
+            if tweaks.active and not _needs_all(method, clock):
                 mask.apply_(task.params)  # else when the run takes the mask over
             tweaks.start(task, mask)
         except BaseException:
@@ -57,6 +59,12 @@ def begin(
     for which in (buffers.MASK, buffers.SEEN) if isinstance(method, Moving) else (buffers.MASK,):
         for name, buffer in buffers.beside(task.model, dict(task.params), which).items():
             buffer.copy_(mask[name])
+
+
+def _needs_all(method: MaskMethod, clock: Clock) -> bool:
+    """Whether the run, when it takes the mask over, is to find the removed weights too."""
+    hides = isinstance(method, Moving) and method.hides and not method.settled(clock)
+    return hides or isinstance(method, Scored)
 
 
 def say_begun(

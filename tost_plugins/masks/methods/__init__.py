@@ -6,6 +6,7 @@ May import: errors, training, files, masks.
 
 from tost_plugins.masks.methods.auto import Auto
 from tost_plugins.masks.methods.dnw import Dnw
+from tost_plugins.masks.methods.edge_popup import EdgePopup
 from tost_plugins.masks.methods.file import File
 from tost_plugins.masks.methods.from_zeros import FromZeros
 from tost_plugins.masks.methods.gradual import Gradual
@@ -32,4 +33,5 @@ MASKS: dict[str, type] = {
     "rigl": RigL,
     "dnw": Dnw,
     "gradual": Gradual,
+    "edge_popup": EdgePopup,
 }
