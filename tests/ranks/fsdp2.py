@@ -192,7 +192,9 @@ def moving() -> dict[str, Any]:
 
 def refused() -> dict[str, str]:
     """What cannot work, and what it says."""
-    found = {"dnw": error(lambda: Run(recipe={"mask": MOVING["dnw"]}).train())}
+    found = {
+        kind: error(lambda kind=kind: Run(recipe={"mask": MOVING[kind]}).train()) for kind in ("dnw", "edge_popup")
+    }
     found["late"] = error(lambda: Session(shard(Net()), RECIPE).attach())
     early = Run(lambda net: net)
     shard(early.net)
