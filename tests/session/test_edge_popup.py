@@ -189,6 +189,20 @@ def test_layers_to_ignore_train_as_usual() -> None:
     assert bool((net.body[7].weight != before).all()) and list(session.mask) == ["body.0.weight", "body.3.weight"]
 
 
+def test_weights_that_are_loaded_in_mid_run_are_those_of_the_rest() -> None:
+    net, plain = Digits(), Digits()
+    session, optimizer = Session(net, {"mask": SPEC}), sgd(net.parameters())
+    with torch.no_grad():
+        for param in plain.parameters():
+            param.add_(1)
+    with session.drive(optimizer, total_steps=2 * STEPS):
+        train(net, session, optimizer)
+        net.load_state_dict(plain.state_dict())
+        train(net, session, optimizer)
+    for name, keep in session.mask.items():
+        assert torch.equal(net.get_parameter(name), plain.get_parameter(name) * keep)
+
+
 def test_times_and_what_is_refused() -> None:
     method = MASKS["edge_popup"](sparsity=0.9)
     run = Clock(0, total_steps=10)

@@ -153,7 +153,9 @@ def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
         return
     for name, value in module.state_dict().items():
         if _of_a_session(name) and name.rpartition(".")[2] not in ("alpha", "tost_beta"):
-            state_dict.setdefault(prefix + name, value)
+            fixed = name.rpartition(".")[2] == FIXED  # the weights that are loaded are those of the rest of the run
+            plain = state_dict.get(f"{prefix}{name.removesuffix(FIXED)}weight") if fixed else None
+            state_dict.setdefault(prefix + name, value if plain is None else plain)
 
 
 def _leave_out_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
