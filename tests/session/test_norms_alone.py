@@ -180,6 +180,12 @@ def test_what_cannot_be_is_refused_in_a_line() -> None:
     session = Session(plain, {"mask": DENSE, "train": "norms"})
     refused(session.attach, "train norms: expected norm layers whose scale and shift train, got none in Digits; leave")
     assert all(param.requires_grad for param in plain.parameters()) and session.state == "new"
+    net = Digits()
+    others = torch.optim.SGD([net.body[0].weight], lr=0.1)
+    session = Session(net, {"mask": DENSE, "train": "norms"}).attach()
+    refused(
+        lambda: session.start(others, total_steps=1), "train norms: expected an optimizer that has the norms' scales"
+    )
     for mask in MOVING.values():
         refused(
             lambda mask=mask: Recipe.from_dict({"mask": mask, "train": "norms"}),

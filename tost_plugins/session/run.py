@@ -54,6 +54,7 @@ class Run:
     def begin(self, task: Task, clock: Clock, optimizers: Optimizers | None) -> None:
         """Find the mask and begin, or go on from the checkpoint that was loaded."""
         resumes = self.saved.step >= 0
+        self.part.check(optimizers)
         self._set(self.saved.load(clock) if resumes else clock)
         self._watcher = None if self.recipe.watch is None else self.recipe.watch.begin(task, self.clock)
         self.compaction.check(self.params, self.tweaks.left_out)

@@ -9,6 +9,7 @@ from torch import nn
 
 from tost_plugins.errors import TostError
 from tost_plugins.masks.scoring import NORMS
+from tost_plugins.session.optimizers import Optimizers
 from tost_plugins.training.log import say
 from tost_plugins.training.params import clean_name
 
@@ -58,6 +59,17 @@ class TrainedPart:
         trained = sum(param.numel() for param in self.model.parameters() if param.requires_grad)
         total = sum(param.numel() for param in self.model.parameters())
         say(f"train norms: {trained:,} of {total:,} parameters train")
+
+    def check(self, optimizers: Optimizers | None) -> None:
+        """Raise TostError where nothing that trains is in the optimizers."""
+        if self.train == "all" or optimizers is None:
+            return
+        held = {id(param) for group in optimizers.groups() for param in group["params"]}
+        if not any(id(param) in held for param in norm_parameters(self.model) if param.requires_grad):
+            raise TostError(
+                "train norms: expected an optimizer that has the norms' scales and shifts, got one without; make it from "
+                "model.parameters()"
+            )
 
     def thaw(self) -> None:
         """Let all train again that did before."""
