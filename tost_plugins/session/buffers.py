@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks.base import Averaging, Exploring, MaskMethod, Moving
+from tost_plugins.masks.base import Averaging, Exploring, MaskMethod, Moving, Scored
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
 from tost_plugins.training.params import device_of, is_transposed, owners, plain_modules, prunable, some
@@ -18,7 +18,12 @@ MASK, CLOCK = "weight_mask", "tost_clock"
 SEEN, HIDDEN = "weight_seen", "weight_hidden"  # of masks that move: what was ever kept, and what is out of sight
 MOMENTUM = "weight_momentum"  # of those that move by averages of whole gradients
 TRAINED = "weight_trained"  # of those under which some removed weights train and others do not
-BESIDE = (MASK, SEEN, HIDDEN, MOMENTUM, TRAINED)  # a weight
+FIXED, SCORES, SPEEDS = (
+    "weight_fixed",
+    "weight_scores",
+    "weight_speeds",
+)  # of scored ones: values, scores, their momenta
+BESIDE = (MASK, SEEN, HIDDEN, MOMENTUM, TRAINED, FIXED, SCORES, SPEEDS)  # a weight
 CHANGED = "tost_changed"  # how many entries the last move of a mask has changed
 _OURS = (*BESIDE, CLOCK, CHANGED, "alpha", "alive", "tost_beta", "tost_perturbation")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -62,6 +67,14 @@ class Added:
                 put(module, TRAINED, torch.zeros_like(params[name], dtype=torch.bool))
             if isinstance(method, Averaging):
                 put(module, MOMENTUM, torch.zeros_like(params[name]).detach())
+            if isinstance(method, Scored):
+                put(module, FIXED, torch.zeros_like(params[name]).detach())
+                for which in (SCORES, SPEEDS):
+                    put(
+                        module,
+                        which,
+                        torch.zeros(params[name].shape, dtype=_wide(params[name]), device=params[name].device),
+                    )
         put(model, CLOCK, torch.full((3,), -1, dtype=torch.int64, device=device_of(model)))
         if isinstance(method, Moving):
             put(model, CHANGED, torch.zeros((), dtype=torch.int64, device=device_of(model)))
@@ -81,6 +94,11 @@ class Added:
             delattr(self.model, name)
         for undo in self._undo:
             undo()
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    """What numbers beside a weight are computed in: real, and of 32 bits at least."""
+    return torch.promote_types(weight.real.dtype, torch.float32)
 
 
 def names(model: nn.Module) -> set[str]:
@@ -141,7 +159,9 @@ def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
         return
     for name, value in module.state_dict().items():
         if _of_a_session(name) and name.rpartition(".")[2] not in ("alpha", "tost_beta", "tost_perturbation"):
-            state_dict.setdefault(prefix + name, value)
+            fixed = name.rpartition(".")[2] == FIXED  # the weights that are loaded are those of the rest of the run
+            plain = state_dict.get(f"{prefix}{name.removesuffix(FIXED)}weight") if fixed else None
+            state_dict.setdefault(prefix + name, value if plain is None else plain)
 
 
 def _leave_out_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

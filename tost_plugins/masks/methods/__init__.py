@@ -7,6 +7,7 @@ May import: errors, training, files, masks.
 from tost_plugins.masks.methods.ac_dc import AcDc
 from tost_plugins.masks.methods.auto import Auto
 from tost_plugins.masks.methods.dnw import Dnw
+from tost_plugins.masks.methods.edge_popup import EdgePopup
 from tost_plugins.masks.methods.eoi import Eoi
 from tost_plugins.masks.methods.file import File
 from tost_plugins.masks.methods.from_zeros import FromZeros
@@ -40,4 +41,5 @@ MASKS: dict[str, type] = {
     "top_kast": TopKast,
     "gradual": Gradual,
     "ac_dc": AcDc,
+    "edge_popup": EdgePopup,
 }
