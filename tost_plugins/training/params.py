@@ -22,6 +22,8 @@ PRUNABLE = (
 #: What can be compared with 0 and multiplied by a mask; quantized weights cannot.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
+_RECURRENT = re.compile(r"(?:^|\.)weight_(?:ih|hh|hr)_l\d+(?:_reverse)?$")
+
 _PREFIXES = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -33,6 +35,16 @@ def clean_name(name: str) -> str:
         'layer1.0.conv1.weight'
     """
     return _PREFIXES.sub("", name)
+
+
+def is_recurrent(name: str) -> bool:
+    """Whether it is the name that `nn.LSTM`, `nn.GRU` and `nn.RNN` give to one of their weights.
+
+    Example:
+        >>> is_recurrent("lstm.weight_hh_l0_reverse"), is_recurrent("head.weight")
+        (True, False)
+    """
+    return _RECURRENT.search(name) is not None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

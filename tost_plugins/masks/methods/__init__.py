@@ -4,6 +4,7 @@ row here, an entry in `OPTIONS` of tests/mask_nets.py, by which the laws run ove
 May import: errors, training, files, masks.
 """
 
+from tost_plugins.masks.like import METHODS
 from tost_plugins.masks.methods.auto import Auto
 from tost_plugins.masks.methods.dnw import Dnw
 from tost_plugins.masks.methods.file import File
@@ -33,3 +34,5 @@ MASKS: dict[str, type] = {
     "dnw": Dnw,
     "gradual": Gradual,
 }
+
+METHODS.update(MASKS)
