@@ -21,9 +21,10 @@ OPTIONS = {
     "gradual": {"sparsity": 0.9, "initial": 0.8},
     "set": {"sparsity": 0.8},
     "rigl": {"sparsity": 0.8},
+    "selfish": {"sparsity": 0.8},
     "dnw": {"sparsity": 0.8},
 }
-RANDOM = ("random", "set", "rigl")  # those whose first mask is drawn
+RANDOM = ("random", "set", "rigl", "selfish")  # those whose first mask is drawn
 WITH_SPARSITY = sorted(kind for kind, options in OPTIONS.items() if "sparsity" in options)
 IN_ROUNDS = {"lottery_ticket"}  # found by several trainings, not in one call: tests/test_lottery_ticket.py
 KINDS = sorted(MASKS.keys() - IN_ROUNDS)

@@ -14,6 +14,7 @@ from tost_plugins.masks.topk import count_true
 from tost_plugins.session import buffers
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.optimizers import Optimizers
+from tost_plugins.session.restarts import restart
 from tost_plugins.session.wiring import Wiring
 from tost_plugins.training import ranks, seeds, sharding
 from tost_plugins.training.clock import Clock
@@ -90,6 +91,8 @@ class MovingWeights(MaskedWeights):
 
     def after_step(self, clock: Clock, optimizers: Optimizers | None = None) -> None:
         """When a step is done: move a mask that follows the weights, and hide what it removes."""
+        if optimizers is not None and not self.hides:
+            restart(optimizers.inner, self.weights, self.kept)
         if clock.step != self.clock.step:  # a step told twice moves no mask twice
             self._after(clock, optimizers)
         self.conceal()
@@ -210,4 +213,4 @@ class MovingWeights(MaskedWeights):
 
     def _hidden(self) -> dict[str, Tensor]:
         """Name -> the weight where it is removed, 0 elsewhere; empty if the method hides none."""
-        return {name: getattr(module, buffers.HIDDEN) for name, module in self.owners.items()}
+        return buffers.hidden(self.owners)

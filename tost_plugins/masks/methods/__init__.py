@@ -15,6 +15,7 @@ from tost_plugins.masks.methods.lottery_ticket import LotteryTicket
 from tost_plugins.masks.methods.magnitude import Magnitude
 from tost_plugins.masks.methods.random import Random
 from tost_plugins.masks.methods.rigl import RigL
+from tost_plugins.masks.methods.selfish import Selfish
 from tost_plugins.masks.methods.set import Set
 from tost_plugins.masks.methods.snip import Snip
 from tost_plugins.masks.methods.synflow import SynFlow
@@ -31,6 +32,7 @@ MASKS: dict[str, type] = {
     "lottery_ticket": LotteryTicket,
     "set": Set,
     "rigl": RigL,
+    "selfish": Selfish,
     "dnw": Dnw,
     "gradual": Gradual,
 }
