@@ -187,20 +187,19 @@ def _leave_out_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str)
 
 def _fill_in_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """The Hub's Conv1D and recurrent layers had no masks once: a checkpoint of that time goes on with them dense, as it was."""
-    dense: dict[str, None] = {}
+    dense: dict[str, dict[str, None]] = {"Conv1D": {}, "recurrent": {}}
     for path, layer in plain_modules(module):
         start = f"{prefix}{path}." if path else prefix
         for key in weight_keys(layer) if is_transposed(layer) or isinstance(layer, nn.RNNBase) else ():
             kept = {which: layer._buffers.get(f"{key}{which}") for which in (MASK, SEEN, HIDDEN)}
             if kept[MASK] is not None and f"{start}{key}" in state_dict and f"{start}{key}{MASK}" not in state_dict:
-                dense[path] = None
+                dense["Conv1D" if is_transposed(layer) else "recurrent"][path] = None
                 state_dict |= {
                     f"{start}{key}{k}": torch.full_like(b, k != HIDDEN) for k, b in kept.items() if b is not None
                 }
-    if dense:
-        say(
-            f"checkpoint: without masks for {len(dense)} Conv1D or recurrent layers, which stay dense: {some(list(dense), 3)}"
-        )
+    for kind, paths in dense.items():
+        if paths:
+            say(f"checkpoint: without masks for {len(paths)} {kind} layers, which stay dense: {some(list(paths), 3)}")
 
 
 def _check_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
