@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from tost_plugins.lab.cli import app
 from tost_plugins.lab.superpose import Cycles
 from tost_plugins.lottery.superpose import superpose, triangular
 from tost_plugins.recipe.recipe import Recipe
+from tost_plugins.training.params import prunable
 
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE: dict[str, Any] = {
     "name": "sup",
     "mask": {"kind": "set", "sparsity": 0.8, "every": "2ba"},
@@ -89,7 +92,7 @@ def test_counters_are_left_out_of_averages_and_all_else_is_the_mean() -> None:
         ([{"w": torch.ones(2)}], [], 0.5, "got 0 and 1"),
         ([{"w": torch.ones(2)}, {"v": torch.ones(2)}], [Mask({"w": torch.ones(2)})] * 2, 0.5, "tickets of one network"),
         ([{"w": torch.ones(2)}] * 2, [Mask({"w": torch.tensor([1, 0])})] * 2, 0.5, "zeros outside the mask, got others in w"),
-        ([{"w": torch.tensor([1.0, 0])}], [Mask({"w": torch.tensor([1, 0])})], 0.0, "2 weights or more, got 1; set a sparsity of"),
+        ([{"w": torch.tensor([1.0, 0])}], [Mask({"w": torch.tensor([1, 0])})], 0.0, "2 weights or more, got 1; set a sparsity"),
         ([{"w": torch.tensor([float("nan"), 0])}], [Mask({"w": torch.ones(2)})], 0.5, "expected finite scores"),
         ([{"v": torch.ones(2)}], [Mask({"w": torch.ones(2)})], 0.5, "expected a weight w that fits its mask"),
     ],
@@ -216,6 +219,15 @@ def test_what_cannot_be_superposed_is_refused(changes: dict[str, Any], message: 
 def test_cycles_say_what_they_may_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(TostError, match=f"^{message}: expected"):
         Cycles(**settings)
+
+
+def test_the_page_s_loop_of_one_s_own_runs() -> None:
+    _, block = re.findall(r"```python\n(.*?)```", (ROOT / "docs/lottery.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["mask"].kept == 128 and Mask.from_zeros(prunable(names["net"])) == names["mask"]
+    first, second, _ = names["masks"]
+    assert 0.3 < (first - second).kept / 128 < 0.5
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ def triangular(step: int, steps: int, low: float, high: float) -> float:
     """The learning rate of step 0 to `steps` of a cycle: from `low` straight up to `high` in its middle, and down again.
 
     Example:
-        >>> [triangular(step, 4, 0.1, 0.5) for step in range(5)]
-        [0.1, 0.3, 0.5, 0.3, 0.1]
+        >>> [triangular(step, 4, 1.0, 5.0) for step in range(5)]
+        [1.0, 3.0, 5.0, 3.0, 1.0]
     """
     if not 0 <= step <= steps or steps < 1:
         raise TostError(
