@@ -63,7 +63,7 @@ def minors_only(
     parameters changes, bit for bit, whatever weight decay and momentum do.
 
     `factors` are those of `soft`: 1 is major. `also` are globs of parameters, by their names or their layers', that train as
-    ever: the head of new classes, say. What batch norms count goes on in train mode: `model.eval()` keeps that, too. Wrappers
+    ever: the head of new classes, say. Gradients of all others are computed, and the optimizer's step undone. What batch norms count goes on in train mode: `model.eval()` keeps that, too. Wrappers
     (DDP) are looked through. Raises TostError on factors without a parameter, or outside of [0, 1], on a glob that matches
     none, and on an optimizer without the weights.
 
@@ -87,27 +87,19 @@ def minors_only(
         raise TostError(
             f"minors_only: expected an optimizer that trains {some(missing)}, got one without; add these to it"
         )
-    frozen = [
-        param for name, param in params.items() if name not in factors and name not in free and param.requires_grad
-    ]
-    factors = {name: factor.to(params[name]) for name, factor in factors.items()}
-    majors = {name: factor == 1 for name, factor in factors.items()}
-    scales = {name: factor.masked_fill(majors[name], 0) for name, factor in factors.items()}
-    before = {name: params[name].detach().clone() for name in factors}
+    before = {name: param.detach().clone() for name, param in params.items() if name not in free}
+    moves = {name: (factor < 1).to(params[name].device) for name, factor in factors.items()}
 
     @torch.no_grad()
     def put_back(*_: object) -> None:
         for name, value in before.items():
-            params[name].copy_(torch.where(majors[name], value, params[name]))
+            params[name].copy_(torch.where(moves[name], params[name], value) if name in moves else value)
 
     with contextlib.ExitStack() as stack:
-        for name in factors:
+        for name, factor in factors.items():
             if params[name].requires_grad:
-                stack.callback(params[name].register_hook(lambda grad, scale=scales[name]: grad * scale).remove)
-        for param in frozen:
-            param.grad = None
-            param.requires_grad_(False)
-            stack.callback(param.requires_grad_)
+                scale = factor.to(params[name])
+                stack.callback(params[name].register_hook(lambda grad, scale=scale: grad * scale).remove)
         stack.callback(optimizer.register_step_post_hook(put_back).remove)
         yield
 
