@@ -63,9 +63,9 @@ def minors_only(
     parameters changes, bit for bit, whatever weight decay and momentum do.
 
     `factors` are those of `soft`: 1 is major. `also` are globs of parameters, by their names or their layers', that train as
-    ever: the head of new classes, say. Gradients of all others are computed, and the optimizer's step undone. What batch norms count goes on in train mode: `model.eval()` keeps that, too. Wrappers
-    (DDP) are looked through. Raises TostError on factors without a parameter, or outside of [0, 1], on a glob that matches
-    none, and on an optimizer without the weights.
+    ever: the head of new classes, say. The others' gradients are 0, and what the optimizer makes of them is undone. What batch
+    norms count goes on in train mode: `model.eval()` keeps that, too. Wrappers (DDP) are looked through. Raises TostError on
+    factors without a parameter, or outside of [0, 1], on a glob that matches none, and on an optimizer without the weights.
 
     Paper: Kang et al., On the Soft-Subnetwork for Few-shot Class Incremental Learning, ICLR 2023.
     Differs from the paper: nothing.
@@ -96,9 +96,9 @@ def minors_only(
             params[name].copy_(torch.where(moves[name], params[name], value) if name in moves else value)
 
     with contextlib.ExitStack() as stack:
-        for name, factor in factors.items():
-            if params[name].requires_grad:
-                scale = factor.to(params[name])
+        for name in before:
+            if params[name].requires_grad:  # gradients of what stays are 0, so that clipping sees the others alone
+                scale = (factors[name] * (factors[name] < 1)).to(params[name]) if name in factors else 0.0
                 stack.callback(params[name].register_hook(lambda grad, scale=scale: grad * scale).remove)
         stack.callback(optimizer.register_step_post_hook(put_back).remove)
         yield
