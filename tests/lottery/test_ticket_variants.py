@@ -185,15 +185,15 @@ def test_learning_rate_rewinding_goes_on_with_the_weights_of_the_round_before(tm
     assert len(rates) == len(rounds) and all(row == rates[0] for row in rates)
 
 
-def test_rescaled_init_is_for_the_dense_round(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_for_initial_weights_is_for_the_dense_round(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="tost_plugins")
-    tweaks = [{"kind": "rescaled_init", "iterations": 2}, {"kind": "ghost_skip", "until": "0.5dur"}]
+    tweaks = ["sparse_init", {"kind": "rescaled_init", "iterations": 2}, {"kind": "ghost_skip", "until": "0.5dur"}]
     lottery(recipe(mask={"rewind": "learning_rate", "sparsity": 0.4}, tweaks=tweaks), tmp_path)
     kinds = [
         [tweak.kind for tweak in Recipe.load(path).tweaks] for path in sorted(tmp_path.glob("round-*/recipe.yaml"))
     ]
-    assert kinds == [["rescaled_init", "ghost_skip"], ["ghost_skip"]]
-    assert "rescaled_init is for the dense round alone" in caplog.text
+    assert kinds == [["sparse_init", "rescaled_init", "ghost_skip"], ["ghost_skip"]]
+    assert all(f"{kind} is for the dense round alone" in caplog.text for kind in ("sparse_init", "rescaled_init"))
 
 
 # ---- around a training function of one's own

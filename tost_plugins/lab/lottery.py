@@ -23,6 +23,8 @@ from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
 from tost_plugins.training.params import prunable
 
+_FOR_INITIAL_WEIGHTS = ("rescaled_init", "sparse_init")
+
 
 def lottery(recipe: Recipe, out: str | Path, resume: bool = False, listen: Listener = silent) -> list[dict[str, Any]]:
     """Train a recipe whose mask is a lottery_ticket, round after round in `out`/round-00 and so on, tweaks included.
@@ -31,7 +33,7 @@ def lottery(recipe: Recipe, out: str | Path, resume: bool = False, listen: Liste
     it, masked: weights, buffers, optimizer, learning-rate schedule, place in the data and random states. With the
     default, 0ba, each round begins as any run of the recipe does, from the same initial weights, or from what the ticket's
     `weights` makes of them; with "learning_rate" too, but from the weights that the round before has left, and without
-    rescaled_init, which is for initial ones. Returns a row per
+    rescaled_init and sparse_init, which are for initial ones. Returns a row per
     round: sparsity, kept weights, test accuracy and, where the data holds some out, validation accuracy, in percent;
     they are in `out`/lottery.csv as soon as a round is done (then `listen("round", row)` is called).
 
@@ -78,10 +80,10 @@ def lottery(recipe: Recipe, out: str | Path, resume: bool = False, listen: Liste
 
 def _later(recipe: Recipe) -> Recipe:
     """The recipe of the rounds after the dense one."""
-    stay = tuple(tweak for tweak in recipe.tweaks if not (recipe.mask.keeps_weights and tweak.kind == "rescaled_init"))
-    if len(stay) < len(recipe.tweaks):
-        say("lottery: rescaled_init is for the dense round alone, since the others go on with its weights")
-    return recipe.model_copy(update={"tweaks": stay})
+    over = [tweak for tweak in recipe.tweaks if recipe.mask.keeps_weights and tweak.kind in _FOR_INITIAL_WEIGHTS]
+    for tweak in over:
+        say(f"lottery: {tweak.kind} is for the dense round alone, since the others go on with its weights")
+    return recipe.model_copy(update={"tweaks": tuple(tweak for tweak in recipe.tweaks if tweak not in over)})
 
 
 def _restart(ticket: LotteryTicket, out: Path, number: int, seed: int, model: nn.Module, mask: Mask | None) -> None:

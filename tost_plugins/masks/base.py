@@ -29,9 +29,9 @@ Sparsity = Annotated[
     float, AfterValidator(_check_sparsity), Field(json_schema_extra={"minimum": 0, "exclusiveMaximum": 1})
 ]
 
-#: How the kept weights are shared out: over all layers at once, evenly, by Erdos-Renyi (kernel) rules, or a map
-#: glob -> sparsity of those layers (the rest share what is left, evenly).
-Allocation = Literal["global", "uniform", "er", "erk"] | dict[str, Sparsity]
+#: How the kept weights are shared out: over all layers at once, evenly, by Erdos-Renyi (kernel) rules, each with a plus that
+#: spares ends of the network, or a map glob -> sparsity of those layers (the rest share what is left, evenly).
+Allocation = Literal["global", "uniform", "uniform_plus", "er", "erk", "erk_plus"] | dict[str, Sparsity]
 
 #: What to do when layers lose all their weights: nothing while the others connect inputs and outputs, an error where they do
 #: not; or to keep the best weight of such a layer and say so.

@@ -166,6 +166,9 @@ class MaskedWeights:
         """With final gradients: mask those that have come by another way, or were changed since they came."""
         self._mask_changed()
 
+    def stepped(self, optimizers: Optimizers | None) -> None:
+        """The optimizer has stepped, and nobody has changed weights since."""
+
     def after_step(self, clock: Clock, optimizers: Optimizers | None = None) -> None:
         """When a step is done: every removed weight is exactly 0."""
         self.zero()

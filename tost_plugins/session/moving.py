@@ -15,6 +15,7 @@ from tost_plugins.masks.topk import count_true
 from tost_plugins.session import buffers
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.optimizers import Optimizers
+from tost_plugins.session.restarts import restart
 from tost_plugins.session.trained_part import TrainedPart
 from tost_plugins.session.whole_gradients import WholeGradients
 from tost_plugins.session.wiring import Wiring
@@ -107,6 +108,11 @@ class MovingWeights(MaskedWeights):
                 self._move(grads, self.clock, optimizers)
                 self._moved_at = self.clock.step
             optimizers.sit_out()
+
+    def stepped(self, optimizers: Optimizers | None) -> None:
+        """Averages of weights that have come back begin again, from what the optimizer has made of these."""
+        if optimizers is not None and not self.hides:
+            restart(optimizers.inner, self.weights, self.kept)
 
     def after_step(self, clock: Clock, optimizers: Optimizers | None = None) -> None:
         """When a step is done: move a mask that follows the weights, and hide what it removes."""
@@ -287,4 +293,4 @@ class MovingWeights(MaskedWeights):
 
     def _hidden(self) -> dict[str, Tensor]:
         """Name -> the weight where it is removed, 0 elsewhere; empty if the method hides none."""
-        return {name: getattr(module, buffers.HIDDEN) for name, module in self.owners.items()}
+        return buffers.of(self.owners, buffers.HIDDEN)

@@ -107,6 +107,7 @@ class Run:
     def step(self, step: int | None, optimizers: Optimizers | None) -> None:
         """When an optimizer step is done: removed weights are 0, the mask moves, schedules advance."""
         assert self.weights is not None
+        self.weights.stepped(optimizers)
         self._around.after(self.weights, self.clock)
         self.clock = self.clock.at(self.clock.step + 1 if step is None else step)
         self.weights.after_step(self.clock, optimizers)

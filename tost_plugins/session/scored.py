@@ -95,6 +95,9 @@ class ScoredWeights(MovingWeights):
         if slopes:
             self.method.learn([scores[name] for name in seen], [speeds[name] for name in seen], slopes, self.clock)
 
+    def stepped(self, optimizers: Optimizers | None) -> None:
+        """Weights that never move have no averages."""
+
     def after_step(self, clock: Clock, optimizers: Optimizers | None = None) -> None:
         """When a step is done: the mask follows the scores, and the weights are what they were."""
         if clock.step != self.clock.step:
@@ -123,4 +126,4 @@ class ScoredWeights(MovingWeights):
         return self._beside(buffers.SCORES)
 
     def _beside(self, which: str) -> dict[str, Any]:
-        return {name: getattr(module, which) for name, module in self.owners.items()}
+        return buffers.of(self.owners, which)
