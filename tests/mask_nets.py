@@ -23,11 +23,13 @@ OPTIONS = {
     "set": {"sparsity": 0.8},
     "rigl": {"sparsity": 0.8},
     "snfs": {"sparsity": 0.8},
+    "selfish": {"sparsity": 0.8},
     "dnw": {"sparsity": 0.8},
     "top_kast": {"sparsity": 0.8},
     "ac_dc": {"sparsity": 0.8, "begin": "0ba"},
+    "edge_popup": {"sparsity": 0.8},
 }
-RANDOM = ("random", "eoi", "set", "rigl", "snfs")  # those whose first mask is drawn
+RANDOM = ("random", "eoi", "set", "rigl", "snfs", "selfish", "edge_popup")  # those whose first mask is drawn
 WITH_SPARSITY = sorted(kind for kind, options in OPTIONS.items() if "sparsity" in options)
 IN_ROUNDS = {"lottery_ticket"}  # found by several trainings, not in one call: tests/test_lottery_ticket.py
 KINDS = sorted(MASKS.keys() - IN_ROUNDS)

@@ -42,6 +42,7 @@ def broken(rank: int) -> Batches:
 CASES = {
     "random": (Random(sparsity=0.8), None),
     "eoi": (Eoi(sparsity=0.8), None),
+    "random_like_snip": (Random(sparsity=0.8, allocation="like:snip"), batches([16, 7])),
     "magnitude": (Magnitude(sparsity=0.8), None),
     "synflow": (SynFlow(sparsity=0.8, rounds=10, input_shape=(3, 8, 8)), None),
     "synflow_batches": (SynFlow(sparsity=0.8, rounds=10), batches([8])),

@@ -18,6 +18,7 @@ MOVING = {
     "dnw": {"kind": "dnw", "sparsity": 0.6},
     "dnw_frozen": {"kind": "dnw", "sparsity": 0.6, "freeze": "5ba"},
     "top_kast": {"kind": "top_kast", "sparsity": 0.6, "backward": 0.3, "every": "2ba", "decay": 1e-3},
+    "edge_popup": {"kind": "edge_popup", "sparsity": 0.6, "until": "8ba"},
     "gradual": {"kind": "gradual", "sparsity": 0.8, "initial": 0.2, "begin": "1ba", "until": "8ba", "every": "2ba"},
     "ac_dc": {"kind": "ac_dc", "sparsity": 0.6, "begin": "2ba", "every": "1ba", "until": "7ba"},
 }
@@ -29,13 +30,14 @@ MOVES = {
     "dnw": list(range(1, 11)),
     "dnw_frozen": [1, 2, 3, 4, 5],
     "top_kast": [2, 4, 6, 8, 10],
+    "edge_popup": list(range(1, 9)),
     "gradual": [1, 3, 5, 7, 8],
     "ac_dc": [2, 3, 4, 5, 7],  # a sparse phase at 6 would leave no dense one before 7
 }
 COUNTS = ("gradual", "ac_dc")  # of which more or fewer weights are kept as they move
 AFTER = (*COUNTS, "snfs")  # which move after a step, and hide nothing
 HIDES = ("dnw", "dnw_frozen", "top_kast")  # whose removed weights train, and whose mask need not move when it may
-DRAWN = ("set", "rigl", "snfs")  # whose first mask is random
+DRAWN = ("set", "rigl", "snfs", "edge_popup")  # whose first mask is random
 STEPS = 10
 
 

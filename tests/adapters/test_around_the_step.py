@@ -24,6 +24,7 @@ CASES = {
     "tweaks": {"mask": RANDOM, "tweaks": TWEAKS},
     "rigl": {"mask": RIGL, "tweaks": TWEAKS},
     "dnw": {"mask": DNW, "tweaks": TWEAKS},
+    "edge_popup": {"mask": {"kind": "edge_popup", "sparsity": 0.6}, "tweaks": TWEAKS},
 }
 CLIP = 0.5
 
@@ -58,7 +59,7 @@ def test_clipped_runs_are_the_plain_loops(trainer: str, case: str) -> None:
 # ---- micro-batches
 
 
-@pytest.mark.parametrize("case", ["tweaks", pytest.param("rigl", marks=pytest.mark.long), "dnw"])
+@pytest.mark.parametrize("case", ["tweaks", pytest.param("rigl", marks=pytest.mark.long), "dnw", "edge_popup"])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_micro_batches_are_the_whole_batch(trainer: str, case: str) -> None:
     """In float64 and without norms: the same masks, schedules of steps, and weights but for the last digits."""
@@ -86,7 +87,7 @@ OVERFLOWS = (2, 5)  # at 2, RigL would move its mask
 
 
 @pytest.mark.parametrize("clip", [pytest.param(0.0, marks=pytest.mark.long), CLIP], ids=["whole", "clipped"])
-@pytest.mark.parametrize("case", [pytest.param("tweaks", marks=pytest.mark.long), "rigl", "dnw"])
+@pytest.mark.parametrize("case", [pytest.param("tweaks", marks=pytest.mark.long), "rigl", "dnw", "edge_popup"])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_step_that_a_scaler_skips_changes_nothing(trainer: str, case: str, clip: float) -> None:
     """Composer and the Trainer count it, and leave a move of the mask out; in loops it is as if it had not been."""

@@ -239,7 +239,9 @@ def test_what_a_hook_sees_stays_whole() -> None:
     assert "block3.bn1" in found["parts"] and "block1.bn2" not in found["parts"]
 
 
-@pytest.mark.parametrize("kind", ["rigl", "set", "snfs", "dnw", "top_kast", "gradual", "ac_dc"])
+@pytest.mark.parametrize(
+    "kind", ["rigl", "set", "snfs", "selfish", "dnw", "top_kast", "gradual", "ac_dc", "edge_popup"]
+)
 def test_a_mask_that_moves_is_not_compact_and_says_so(kind: str) -> None:
     net = network("functional")
     session = Session(net, {"mask": {"kind": kind, "sparsity": 0.5}, "compact": True}).attach()

@@ -117,6 +117,20 @@ def test_the_activation_sparsity_of_relu_is_what_is_counted_afterwards(done: Don
     assert sorted(by_training["ReLU"]) == pytest.approx(counted)
 
 
+@study("norms-only")
+def test_norms_alone_leave_all_other_weights_at_their_first_values(done: Done) -> None:
+    rows = {(row["sparsity"], row["training"]) for row in done.rows}
+    assert rows == {(sparsity, training) for sparsity in (0.0, 0.9) for training in ("norms alone", "all")}
+    for sparsity in (0.0, 0.9):
+        for training, stays in (("norms_alone", True), ("all", False)):
+            run = done.cell(f"{sparsity}-{training}")
+            first, last = prepare(Recipe.load(run / "recipe.yaml"), run).model, load_file(run / "model.safetensors")
+            mask = Mask.load(run / "mask.safetensors")
+            assert all(
+                torch.equal(last[n], first.get_parameter(n).detach() * keep) == stays for n, keep in mask.items()
+            )
+
+
 @study("curvature")
 def test_no_subspace_is_sharper_than_the_whole(done: Done) -> None:
     found = {(row["training"], row["epoch"], row["space"]): row["eigenvalue"] for row in done.rows}

@@ -552,7 +552,7 @@ WITH = {"composer": with_composer, "transformers": with_transformers, "accelerat
 
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/lottery.md").read_text(), re.DOTALL)
+    block, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs/lottery.md").read_text(), re.DOTALL)
     shown: dict[str, Any] = {}
     exec(block, shown)
     assert Mask.load("tickets/round-08/mask.safetensors") == Mask.from_zeros(prunable(shown["net"]))

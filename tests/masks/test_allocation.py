@@ -63,7 +63,66 @@ def test_counts_are_exact_and_fit(rule: str, shapes: list[tuple[int, ...]], spar
     assert all(0 <= counts[name] <= math.prod(shape) for name, shape in layers.items())
 
 
-@pytest.mark.parametrize("rule", ["uniform", "er", "erk", {"head": 0.0}, {"*": 0.0}])
+def test_erk_plus_by_hand() -> None:
+    # 253 of 844 stay: the head's 160, and 93 shared 13 : 26 as in erk, 31 and 62.
+    assert allocate("erk_plus", SHAPES, 0.7) == {"stem.weight": 31, "body.weight": 62, "head.weight": 160}
+    # Where erk makes it dense by itself nothing is different.
+    assert allocate("erk_plus", {"a": (20, 20), "b": (2, 2)}, 0.7) == allocate("erk", {"a": (20, 20), "b": (2, 2)}, 0.7)
+
+
+def test_uniform_plus_by_hand() -> None:
+    # 169 of 844 stay: the stem's 108, 61 shared by 576 and 160 would be 48 and 13, but a fifth of the head is 32.
+    assert allocate("uniform_plus", SHAPES, 0.8) == {"stem.weight": 108, "body.weight": 29, "head.weight": 32}
+    # 422 stay: 314 of 736 are more than a fifth.
+    assert allocate("uniform_plus", SHAPES, 0.5) == {"stem.weight": 108, "body.weight": 246, "head.weight": 68}
+    # Without a fully-connected layer only the first is spared; a recurrent weight is none.
+    assert allocate("uniform_plus", {"a": (2, 2, 3), "rnn.weight_hh_l0": (6, 2)}, 0.25) == {
+        "a": 12,
+        "rnn.weight_hh_l0": 6,
+    }
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=8),
+    sparsity=st.floats(0, 1, exclude_max=True),
+)
+@pytest.mark.parametrize("rule", ["erk_plus", "uniform_plus"])
+def test_the_rules_with_a_plus_are_exact_or_say_what_they_would_take(
+    rule: str, sizes: list[tuple[int, int]], sparsity: float
+) -> None:
+    layers = {f"layer{i}": shape for i, shape in enumerate(sizes)}
+    total = kept_count(sparsity, sum(map(math.prod, sizes)))
+    first, last = math.prod(sizes[0]), math.prod(sizes[-1])
+    try:
+        counts = allocate(rule, layers, sparsity)
+    except TostError as error:
+        spared = last if rule == "erk_plus" else first + (-(-last // 5) if len(sizes) > 1 else 0)
+        assert total < spared and "set a sparsity of at most" in str(error)
+        return
+    assert sum(counts.values()) == total
+    assert all(0 <= counts[name] <= math.prod(shape) for name, shape in layers.items())
+    kept_first, kept_last = counts["layer0"], counts[f"layer{len(sizes) - 1}"]
+    assert kept_last == last if rule == "erk_plus" else (kept_first == first and 5 * kept_last >= last)
+
+
+@pytest.mark.parametrize(
+    ("rule", "shapes", "message"),
+    [
+        (
+            "erk_plus",
+            SHAPES,
+            "at least the 160 weights of head.weight that it spares, got 84; set a sparsity of at most 0.810",
+        ),
+        ("uniform_plus", SHAPES, "at least the 108 weights of stem.weight that it spares, got 84"),
+        ("erk_plus", {"a": (3, 3, 3, 3)}, "expected a fully-connected layer, which stays dense, got none; use erk"),
+    ],
+)
+def test_what_a_rule_with_a_plus_cannot_spare(rule: str, shapes: dict[str, tuple[int, ...]], message: str) -> None:
+    with pytest.raises(TostError, match=message):
+        allocate(rule, shapes, 0.9)
+
+
+@pytest.mark.parametrize("rule", ["uniform", "er", "erk", "erk_plus", "uniform_plus", {"head": 0.0}, {"*": 0.0}])
 def test_sparsity_0_is_dense(rule: object) -> None:
     assert allocate(rule, SHAPES, 0) == SIZES
 

@@ -14,11 +14,11 @@ from tost_plugins import Mask, Session, TostError, masks
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.rnn = nn.Embedding(20, 8), nn.LSTM(8, 16)
+        self.table, self.rnn = nn.Embedding(20, 8), nn.LSTMCell(8, 16)
         self.norm, self.body, self.fc = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 4)
 
 
-PRUNED = ["table.weight", "rnn.weight_hh_l0", "norm.weight", "fc.bias"]
+PRUNED = ["table.weight", "rnn.weight_hh", "norm.weight", "fc.bias"]
 
 
 def pruned(names: list[str], path: Path) -> tuple[Net, str]:

@@ -71,7 +71,7 @@ def test_ignored_layers_get_no_mask(kind: str, tmp_path: Path) -> None:
         for k in WITH_SPARSITY
         if k != "auto"
         for a in ("global", "uniform", "erk")
-        if a != "global" or k not in ("dnw", "top_kast")
+        if a != "global" or k not in ("dnw", "top_kast", "edge_popup")
     ],
 )
 def test_the_kept_count_is_exact(kind: str, allocation: str, tmp_path: Path) -> None:

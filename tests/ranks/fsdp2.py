@@ -192,7 +192,7 @@ def moving() -> dict[str, Any]:
 
 def refused() -> dict[str, str]:
     """What cannot work, and what it says."""
-    found = {case: error(Run(recipe={"mask": MOVING[case]}).train) for case in ("dnw", "top_kast")}
+    found = {case: error(Run(recipe={"mask": MOVING[case]}).train) for case in ("dnw", "top_kast", "edge_popup")}
     found["late"] = error(lambda: Session(shard(Net()), RECIPE).attach())
     early = Run(lambda net: net)
     shard(early.net)

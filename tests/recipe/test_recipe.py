@@ -194,7 +194,7 @@ def test_overrides_of_tweaks_and_seed() -> None:
 def test_wrong_overrides() -> None:
     assert error_of(PLAIN, sparsty=0.9) == (
         "overrides: expected a known override, got 'sparsty'; did you mean 'sparsity'? "
-        "known: compact, mask, seed, sparsity, tweaks, watch"
+        "known: compact, mask, seed, sparsity, train, tweaks, watch"
     )
     assert (
         "recipe unnamed: mask: kind: expected a known mask method, got 'synflo'; did you mean 'synflow'?"

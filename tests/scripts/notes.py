@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LAYERS = ("Linear", "Conv1d", "Conv2d", "ConvTranspose2d", "Conv1D")  # the last one is GPT-2's
+LAYERS = ("Linear", "Conv1d", "Conv2d", "ConvTranspose2d", "Conv1D", "LSTM")  # the fifth one is GPT-2's
 
 
 class Notes:
@@ -26,7 +26,8 @@ class Notes:
 
     def write(self, folder: str, model: nn.Module, **found: Any) -> None:
         state = model.state_dict()
-        weights = [module.weight for module in model.modules() if type(module).__name__ in LAYERS]
+        layers = [module for module in model.modules() if type(module).__name__ in LAYERS]
+        weights = [param for layer in layers for name, param in layer._parameters.items() if name.startswith("weight")]
         everything = hashlib.sha256(b"".join(_bytes(state[name]) for name in state if "running_" not in name))
         note = {
             "data": self.data.hexdigest(),

@@ -172,6 +172,14 @@ def look_at_regression(folder: Path, found: Found) -> None:
     assert {*load_file(folder / "best.safetensors")} == {*found["plain"][0]["keys"]}
 
 
+def look_at_recurrent(folder: Path, found: Found) -> None:
+    """Every weight of the LSTM is sparse; ghosts and activations are none of its."""
+    for name in ("tost", "moving", "tost, two"):
+        weights = {key: value for key, value in saved(folder / name).items() if key.startswith("rnn.weight")}
+        assert len(weights) == 4 and all(0.5 < float((w == 0).float().mean()) < 1 for w in weights.values()), name
+        assert found[name][0]["after"]["perplexity"] < found[name][0]["before"]["perplexity"]
+
+
 SCRIPTS = {
     "accelerate_vision": Script(
         needs=("accelerate",),
@@ -195,6 +203,7 @@ SCRIPTS = {
         look=look_at_hf,
     ),
     "language_model": Script(needs=("transformers", "accelerate"), also=static_graph, look=look_at_static_graph),
+    "recurrent_model": Script(look=look_at_recurrent),
     "regression": Script(look=look_at_regression),
     "segmentation": Script(),
     "timm_loop": Script(needs=("timm",), train=("--smoothing=0.1",), look=look_at_averages),

@@ -16,6 +16,7 @@ from test_optimizers import Lookahead, Sam, SamByClosure, sgd, two
 from torch import Tensor, nn
 
 from tost_plugins import Session
+from tost_plugins.errors import Inapplicable
 from tost_plugins.training.params import prunable
 from tost_plugins.tweaks.neuron_gradients import factors
 
@@ -157,7 +158,7 @@ def test_what_comes_by_without_an_announcement_is_left_alone() -> None:
 # ---- runs that go on, and parts of networks
 
 
-@pytest.mark.parametrize("case", ["random", *MOVING])
+@pytest.mark.parametrize("case", ["random", *(case for case in MOVING if case != "edge_popup")])  # which refuses them
 def test_a_run_that_goes_on_is_the_whole_one_bit_for_bit(case: str) -> None:
     recipe = {"mask": MOVING.get(case, RANDOM), "tweaks": BOTH}
 
@@ -230,3 +231,26 @@ def test_two_ranks_train_alike_with_whole_weights_parts_and_a_shared_optimizer(t
             torch.testing.assert_close(
                 found[name], value, rtol=1e-10, atol=1e-12, msg=lambda text, case=case: f"{case}: {text}"
             )
+
+
+# ---- masked weights that take no steps
+
+
+@pytest.mark.parametrize("kind", ["neuron_gradients", "multiplicative", "sharpness"])
+@pytest.mark.parametrize(
+    "recipe, why",
+    [
+        ({"mask": {"kind": "edge_popup", "sparsity": 0.5}}, "mask edge_popup, under which they never do"),
+        ({"mask": {"kind": "random", "sparsity": 0.5}, "train": "norms"}, "train: norms"),
+    ],
+)
+def test_where_masked_weights_take_no_steps_there_is_nothing_to_act_on(
+    kind: str, recipe: dict[str, Any], why: str
+) -> None:
+    net = Digits()
+    names = list(net.state_dict())
+    with pytest.raises(Inapplicable, match=f"^{kind}: expected masked weights that train, got {why}; leave {kind} out"):
+        Session(net, {**recipe, "tweaks": [kind]}).attach()
+    assert list(net.state_dict()) == names
+    session = Session(net, {**recipe, "tweaks": [{"kind": kind, "optional": True}]}).attach()
+    assert session.left_out == [f"{kind} (expected masked weights that train, got {why})"] and not list(session.tweaks)

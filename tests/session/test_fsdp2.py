@@ -117,7 +117,7 @@ def test_accelerate_s_fsdp2_trains_and_resumes_as_ddp(ranks: list[Rank]) -> None
 
 def test_what_cannot_work_is_refused_on_every_rank(ranks: list[Rank]) -> None:
     for found in (rank["refused"] for rank in ranks):
-        for kind in ("dnw", "top_kast"):
+        for kind in ("dnw", "top_kast", "edge_popup"):
             assert found[kind].startswith(f"mask {kind}: expected whole weights on every rank, got FSDP2's parts")
         assert "expected the bare model, got one that is sharded; attach first, then fully_shard" in found["late"]
         assert found["optimizer"].startswith("optimizer: expected one that trains every prunable weight of the model")

@@ -378,7 +378,8 @@ def test_the_laws_hold_after_every_step(case: str, optimizer: str) -> None:
             moved += [i] if new != old else []
             old = new
     assert set(moved) <= set(MOVES[case]) and len(moved) > 1
-    assert case in HIDES or moved == MOVES[case][case == "gradual" :]  # at its begin, gradual has nothing to cut
+    # at its begin, gradual has nothing to cut; others may find nothing to change
+    assert case in (*HIDES, "edge_popup") or moved == MOVES[case][case == "gradual" :]
     assert session.mask == old == Mask.from_zeros(prunable(net))
 
 
@@ -759,7 +760,9 @@ def test_what_an_optimizer_counts_in_whole_numbers_is_left_alone() -> None:
             for batch in BATCHES:
                 step(net, made, batch)
         moves = 3 if case in ("set", "rigl") else 0
-        assert all(bool((state["age"] == STEPS - moves).all()) for state in made.state.values())
+        shown = {id(p): 1 for p in prunable(net).values()} if case == "edge_popup" else {}  # its weights are seen once
+        for param, state in made.state.items():
+            assert bool((state["age"] == shown.get(id(param), STEPS - moves)).all())
 
 
 def test_gradients_that_are_not_finite_stop_the_run_before_the_mask_moves() -> None:

@@ -16,7 +16,7 @@ from tost_plugins.training.params import prunable
 KINDS: dict[str, dict[str, Any]] = {
     "random": {}, "magnitude": {}, "snip": {}, "grasp": {"per_class": 2}, "synflow": {"rounds": 3}, "gradual": {"initial": 0.3},
     "set": {"every": "1ba"}, "rigl": {"every": "1ba"}, "snfs": {"every": "1ba"}, "dnw": {}, "top_kast": {"every": "1ba"},
-    "ac_dc": {"begin": "1ba", "until": "1ba"},
+    "ac_dc": {"begin": "1ba", "until": "1ba"}, "edge_popup": {},
 }  # fmt: skip
 TWEAKS = ["ghost_skip", "soft_activation", {"kind": "rescaled_init", "iterations": 2}, "label_smoothing"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -82,7 +82,7 @@ def test_weights_that_the_last_step_blows_up_are_told_and_stay_zero_outside_the_
     assert "finite" not in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["random", "set", "rigl", "snfs", "gradual", "dnw", "top_kast", "ac_dc"])
+@pytest.mark.parametrize("kind", ["random", "set", "rigl", "snfs", "gradual", "dnw", "top_kast", "ac_dc", "edge_popup"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_run_with_nothing_changed(kind: str, bad: float) -> None:
     net, batches = Net(), few()

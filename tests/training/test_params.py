@@ -102,13 +102,13 @@ def test_parametrised_layers_are_named_and_those_of_prune_refused() -> None:
 
 def test_matrices_of_other_modules_are_named() -> None:
     net = nn.ModuleDict({
-        "rnn": nn.LSTM(2, 4), "attention": nn.MultiheadAttention(4, 2), "table": nn.Embedding(3, 4),
+        "rnn": nn.LSTMCell(2, 4), "attention": nn.MultiheadAttention(4, 2), "table": nn.Embedding(3, 4),
         "norm": nn.LayerNorm((4, 4)), "cell": nn.GRUCell(2, 2), "fc": nn.Linear(4, 2),
     })  # fmt: skip
     net.scale = nn.Parameter(torch.ones(1, 1, 4))  # one number a channel
     assert list(prunable(net)) == ["attention.out_proj.weight", "fc.weight"]
     assert left_out(net) == [
-        "masks of LSTM (rnn.weight_ih_l0, rnn.weight_hh_l0)", "masks of MultiheadAttention (attention.in_proj_weight)",
+        "masks of LSTMCell (rnn.weight_ih, rnn.weight_hh)", "masks of MultiheadAttention (attention.in_proj_weight)",
         "masks of Embedding (table.weight)", "masks of LayerNorm (norm.weight, norm.bias)",
         "masks of GRUCell (cell.weight_ih, cell.weight_hh)",
     ]  # fmt: skip

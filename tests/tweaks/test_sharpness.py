@@ -126,7 +126,7 @@ def perturbations(net: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in net.named_buffers() if name.endswith("tost_perturbation")}
 
 
-@pytest.mark.parametrize("case", MOVING)
+@pytest.mark.parametrize("case", [case for case in MOVING if case != "edge_popup"])  # which refuses it
 def test_with_a_mask_that_moves_what_is_removed_stays_so(case: str) -> None:
     net, lengths = Digits(norm=False), []
 

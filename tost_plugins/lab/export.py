@@ -97,7 +97,7 @@ def _plain(path: Path, unfinished: bool) -> tuple[dict[str, Tensor], list[str]]:
             f"as it stands"
         )
     plain = {name: tensor for name, tensor in tensors.items() if not _is_ours(name)}
-    masks = {name.removesuffix("_mask"): tensor for name, tensor in tensors.items() if name.endswith(".weight_mask")}
+    masks = {name.removesuffix("_mask"): tensor for name, tensor in tensors.items() if buffers.is_mask(name)}
     for name, mask in masks.items():
         if name not in plain or plain[name].shape != mask.shape:
             raise TostError(
@@ -127,8 +127,8 @@ def _number(path: Path) -> int:
 
 
 def _is_ours(name: str) -> bool:
-    own = (*buffers.BESIDE, buffers.CLOCK, buffers.CHANGED, "tost_beta", "tost_perturbation")
-    return ".ghost_skip." in f".{name}" or name.rsplit(".", 1)[-1] in own
+    own = (buffers.CLOCK, buffers.CHANGED, "tost_beta", "tost_perturbation")
+    return buffers.is_beside(name) or ".ghost_skip." in f".{name}" or name.rsplit(".", 1)[-1] in own
 
 
 def _is_live(name: str, value: Tensor) -> bool:

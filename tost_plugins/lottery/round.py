@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tost_plugins.errors import TostError
 from tost_plugins.files import pickles
 from tost_plugins.files.atomic import replacing
+from tost_plugins.files.tensors import by_clean_name
 from tost_plugins.lottery import rounds
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods.lottery_ticket import LotteryTicket
@@ -37,6 +38,7 @@ class Round:
     ) -> None:
         self.ticket, self.model, self.number, self.mask = ticket, model, number, mask
         self._early, self._last, self._save_every = folder.parent / "early.pt", folder / "last.pt", save_every
+        self._goes_on = ticket.weights != "own" or ticket.keeps_weights  # with the weights that the model has already
         self._used = False
 
     def steps(
@@ -46,7 +48,8 @@ class Round:
         `rewind` in the others, with model, optimizer, `others` and torch's random state as they were then.
 
         `others` is all else that has a state: learning-rate schedules, a loss scaler. Each turn of the loop is one
-        optimizer step; batches that depend on the step's number alone are the same in each round. Gradients are masked
+        optimizer step; batches that depend on the step's number alone are the same in each round. With rewind
+        "learning_rate" all but the model is as it was at step 0. Gradients are masked
         before the step, weights and optimizer state after it. Raises TostError on an optimizer that lacks weights of
         the model, on `rewind` in epochs without `steps_per_epoch`, and when it is called twice.
         """
@@ -54,8 +57,9 @@ class Round:
             raise TostError("round.steps: expected one loop in a round, got a second; count all steps in one")
         self._used = True
         params = prunable(unwrap(self.model), self.ticket.ignore)
-        optimizers, weights = Optimizers(optimizer, params), MaskedWeights(params, self.mask)
-        first = rounds.first_step(self.ticket.rewind, Clock(0, total, steps_per_epoch))
+        optimizers = Optimizers(optimizer, params)
+        weights = MaskedWeights(params, self.mask, self._frozen())
+        first = rounds.first_step(self.ticket, Clock(0, total, steps_per_epoch))
         parts = (self.model, optimizer, *others)
         step = self._restore(parts)
         weights.zero()
@@ -74,6 +78,13 @@ class Round:
             stop()
             weights.release()
 
+    def _frozen(self) -> dict[str, Tensor] | None:
+        """What removed weights are where that is not 0: their initial values."""
+        if self.ticket.removed == "zero":
+            return None
+        initial = first_weights(self._early.parent / "initial.pt")
+        return {name: initial[name].masked_fill(keep, 0) for name, keep in self.mask.items()}
+
     def _restore(self, parts: tuple[Any, ...]) -> int:
         """Go back to this round's last checkpoint, or to the dense round's early state; 0 where there is neither."""
         candidates = (self._last, self._early) if self.number else (self._last,)
@@ -86,10 +97,16 @@ class Round:
                 f"round.steps: expected the {len(saved['parts'])} parts with a state that the dense round had, got "
                 f"{len(parts)}; give optimizer and schedules in every round alike"
             )
-        for part, state in zip(parts, saved["parts"], strict=True):
+        states = list(zip(parts, saved["parts"], strict=True))
+        for part, state in states[1:] if path == self._early and self._goes_on else states:
             part.load_state_dict(state)
         rng.restore(saved["rng"])
         return saved["step"]
+
+
+def first_weights(path: Path) -> dict[str, Tensor]:
+    """Name -> weight, from what `save` has written of a model before the dense round."""
+    return by_clean_name(pickles.load(path)["parts"][0])
 
 
 def save(path: Path, parts: tuple[Any, ...], step: int) -> None:

@@ -12,7 +12,7 @@ from tost_plugins.errors import TostError
 from tost_plugins.files.atomic import write_csv
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods.lottery_ticket import LotteryTicket
-from tost_plugins.training.clock import Clock, Time
+from tost_plugins.training.clock import Clock
 
 Row = dict[str, Any]
 
@@ -20,8 +20,11 @@ Row = dict[str, Any]
 Train = Callable[[int, Path, Mask], tuple[Mapping[str, Tensor], Mapping[str, Any]]]
 
 
-def each(ticket: LotteryTicket, dense: Mask, out: Path, train: Train) -> Iterator[Row]:
-    """Train round after round; yields each one's row, once it is in `out`/lottery.csv.
+def each(
+    ticket: LotteryTicket, dense: Mask, out: Path, train: Train, initial: Mapping[str, Tensor] | None = None
+) -> Iterator[Row]:
+    """Train round after round; yields each one's row, once it is in `out`/lottery.csv. `initial` are the weights before the
+    first one, for scores that ask for them.
 
     Errors say in which round. A round's mask is in its folder before it begins, for whoever looks at a killed one.
     """
@@ -29,7 +32,7 @@ def each(ticket: LotteryTicket, dense: Mask, out: Path, train: Train) -> Iterato
     for number, sparsity in enumerate(ticket.sparsities()):
         folder = out / f"round-{number:02d}"
         try:
-            mask = ticket.next(mask, weights, sparsity) if number else dense
+            mask = ticket.next(mask, weights, sparsity, initial) if number else dense
             mask.save(folder / "mask.safetensors")
             weights, scores = train(number, folder, mask)
         except TostError as error:
@@ -39,12 +42,12 @@ def each(ticket: LotteryTicket, dense: Mask, out: Path, train: Train) -> Iterato
         yield rows[-1]
 
 
-def first_step(rewind: Time, clock: Clock) -> int:
+def first_step(ticket: LotteryTicket, clock: Clock) -> int:
     """The optimizer step that rounds are rewound to; raises TostError unless it lies within the run."""
-    step = rewind.steps(clock)
+    step = ticket.first_step(clock)
     if clock.total_steps is not None and step >= clock.total_steps:
         raise TostError(
-            f"rewind: expected a moment before the end of the run ({clock.total_steps} steps), got {str(rewind)!r}; "
+            f"rewind: expected a moment before the end of the run ({clock.total_steps} steps), got {str(ticket.rewind)!r}; "
             f"write an early one, like '0.05dur'"
         )
     return step

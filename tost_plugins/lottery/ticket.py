@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -15,11 +16,12 @@ from tost_plugins.errors import TostError
 from tost_plugins.files import pickles
 from tost_plugins.files.atomic import read_json, write
 from tost_plugins.lottery import rounds
-from tost_plugins.lottery.round import Round, save
+from tost_plugins.lottery.round import Round, first_weights, save
 from tost_plugins.masks.base import STRICT
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods import lottery_ticket
-from tost_plugins.training import ranks, rng
+from tost_plugins.training import ranks, rng, seeds
+from tost_plugins.training.clock import Clock
 from tost_plugins.training.params import prunable, unwrap
 
 
@@ -39,7 +41,8 @@ class LotteryTicket(lottery_ticket.LotteryTicket):
 
         `train(model, round)` makes its optimizer and schedule, trains the model inside `round.steps(...)` and returns
         numbers for the table, such as an accuracy, or None. Each call finds the model with its initial weights and
-        buffers, masked, and torch's random state of the first; see `Round` for what rewinding to a later moment, and
+        buffers (with rewind "learning_rate" those that the round before has left; or what `weights` makes of them), masked,
+        and torch's random state of the first; see `Round` for what rewinding to a later moment, and
         trainers of a framework, need. `out` gets round-00/mask.safetensors and so on, and lottery.csv, a line per round.
 
         With `resume` finished rounds are not run again; the one that was killed goes on from its last checkpoint if
@@ -69,7 +72,7 @@ class LotteryTicket(lottery_ticket.LotteryTicket):
         def one(number: int, folder: Path, mask: Mask) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
             done, weights = folder / "result.json", folder / "model.pt"
             if not done.exists():
-                _begin(bare, out / "initial.pt", mask, params)
+                _begin(self, bare, out / "initial.pt", number, mask, params)
                 scores = _scores(train(model, Round(self, model, number, folder, mask, save_every)))
                 _conclude(self, out, mask, params)
                 save(weights, (bare,), -1)
@@ -77,7 +80,7 @@ class LotteryTicket(lottery_ticket.LotteryTicket):
             bare.load_state_dict(pickles.load(weights)["parts"][0])
             return params, read_json(done)
 
-        return list(rounds.each(self, Mask.dense(params), out, one))
+        return list(rounds.each(self, Mask.dense(params), out, one, first_weights(out / "initial.pt")))
 
 
 def _check(ticket: LotteryTicket, out: Path, resume: bool) -> None:
@@ -99,12 +102,25 @@ def _check(ticket: LotteryTicket, out: Path, resume: bool) -> None:
     write(path, settings)
 
 
-def _begin(model: nn.Module, initial: Path, mask: Mask, params: Mapping[str, nn.Parameter]) -> None:
-    """The initial weights and buffers, masked, and the random state that the first round began with."""
+def _begin(
+    ticket: LotteryTicket,
+    model: nn.Module,
+    initial: Path,
+    number: int,
+    mask: Mask,
+    params: Mapping[str, nn.Parameter],
+) -> None:
+    """The weights and buffers that a round starts from, masked, and the random state that the first round began with."""
     saved = pickles.load(initial)
-    model.load_state_dict(saved["parts"][0])
-    mask.apply_({name: param.detach() for name, param in params.items()})
+    if not (number and ticket.keeps_weights):
+        model.load_state_dict(saved["parts"][0])
     rng.restore(saved["rng"])
+    if number:
+        seed = int(torch.randint(2**31, (number + 1,))[-1])  # others in each round, and the same when it runs again
+        ticket.restart(params, mask, seeds.generator(seed))
+        rng.restore(saved["rng"])
+    if ticket.removed == "zero":
+        mask.apply_({name: param.detach() for name, param in params.items()})
 
 
 def _scores(returned: Any) -> dict[str, float]:
@@ -118,14 +134,17 @@ def _scores(returned: Any) -> dict[str, float]:
 
 
 def _conclude(ticket: LotteryTicket, out: Path, mask: Mask, params: Mapping[str, nn.Parameter]) -> None:
-    """Check the promises: zeros outside the mask, and an early state where one is to be rewound to."""
+    """Check the promises: zeros outside the mask (or initial values), and an early state where one is to be rewound to."""
+    zero = ticket.removed == "zero"
+    initial = {} if zero else first_weights(out / "initial.pt")
     for name, keep in mask.items():
-        if bool(params[name].detach().cpu()[~keep].any()):
+        removed = params[name].detach().cpu()[~keep]
+        if bool(removed.any()) if zero else not torch.equal(removed, initial[name][~keep].to(removed)):
             raise TostError(
-                f"expected zeros outside the mask after training, got others in {name}; loop over "
-                f"round.steps(...), or give round.mask to the session or adapter that trains"
+                f"expected {'zeros' if zero else 'initial values'} outside the mask after training, got others in {name}; "
+                f"loop over round.steps(...), or give round.mask to the session or adapter that trains"
             )
-    if ticket.rewind.value and not (out / "early.pt").exists():
+    if ticket.first_step(Clock(0, 1000, 10)) and not (out / "early.pt").exists():
         raise TostError(
             f"expected the state at {str(ticket.rewind)!r} to be kept, got none; loop over "
             f"round.steps(...), or use rewind='0ba' or tost lottery"

@@ -29,9 +29,9 @@ Sparsity = Annotated[
     float, AfterValidator(_check_sparsity), Field(json_schema_extra={"minimum": 0, "exclusiveMaximum": 1})
 ]
 
-#: How the kept weights are shared out: over all layers at once, evenly, by Erdos-Renyi (kernel) rules, or a map
-#: glob -> sparsity of those layers (the rest share what is left, evenly).
-Allocation = Literal["global", "uniform", "er", "erk"] | dict[str, Sparsity]
+#: How the kept weights are shared out: over all layers at once, evenly, by Erdos-Renyi (kernel) rules, each with a plus that
+#: spares ends of the network, or a map glob -> sparsity of those layers (the rest share what is left, evenly).
+Allocation = Literal["global", "uniform", "uniform_plus", "er", "erk", "erk_plus"] | dict[str, Sparsity]
 
 #: What to do when layers lose all their weights: nothing while the others connect inputs and outputs, an error where they do
 #: not; or to keep the best weight of such a layer and say so.
@@ -100,10 +100,11 @@ class Moving(MaskMethod, Protocol):
 class Averaging(Moving, Protocol):
     """A mask that moves by averages of whole gradients, removed weights' included: `update` is given these for gradients.
 
-    `momentum` is the share of an average that stays at each step.
+    `average_keeps` is the share of an average that stays at each step.
     """
 
-    momentum: float
+    @property
+    def average_keeps(self) -> float: ...
 
 
 @runtime_checkable
@@ -131,4 +132,24 @@ class Alternating(Moving, Protocol):
 
     def instead(self, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What to take where the next mask connects nothing, or just that mask."""
+        ...
+
+
+@runtime_checkable
+class Scored(Moving, Protocol):
+    """A moving mask over weights that never train: it follows scores, one for each weight, which learn from the gradients.
+
+    The session keeps the weights' values, the scores and their momenta; `update` is shown the scores as `weights`.
+    """
+
+    def prepare(self, weights: Mapping[str, Tensor], mask: Mapping[str, Tensor]) -> None:
+        """Write into the weights what they are for the whole run, before anything looks at them."""
+        ...
+
+    def first_scores(self, weights: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """The scores before the first step: those by which `start` chooses, of the same generator state."""
+        ...
+
+    def learn(self, scores: list[Tensor], speeds: list[Tensor], slopes: list[Tensor], clock: Clock) -> None:
+        """A step of the scores along their gradients `slopes`; `scores` and their momenta `speeds` change in place."""
         ...

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks.allocation import kept_count
+from tost_plugins.masks.allocation import Counts, kept_count
 from tost_plugins.masks.base import Allocation, Budget, OnCollapse
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.paths.connectivity import Paths, refusal
@@ -28,21 +28,22 @@ class Scored(Protocol):
     @property
     def sparsity(self) -> float: ...
     @property
-    def allocation(self) -> Allocation: ...
+    def allocation(self) -> Any: ...
     @property
     def on_collapse(self) -> OnCollapse: ...
     @property
     def budget(self) -> Budget: ...
 
 
-def chosen(scores: Mapping[str, Tensor], method: Scored, task: Task) -> Mask:
+def chosen(scores: Mapping[str, Tensor], method: Scored, task: Task, shares: Allocation | Counts | None = None) -> Mask:
     """The mask of the highest scores: `top_mask`, or with `budget: live` the round((1 - sparsity) * N) weights that lie on a
-    path from the inputs to the outputs, see `live_mask`."""
+    path from the inputs to the outputs, see `live_mask`. `shares` are the method's allocation, by default as it says."""
+    given: Allocation | Counts = method.allocation if shares is None else shares
     if method.budget == "kept":
-        return top_mask(scores, method.sparsity, method.allocation, method.on_collapse)
+        return top_mask(scores, method.sparsity, given, method.on_collapse)
     flat = torch.cat([wide(tensor.detach()).reshape(-1) for tensor in scores.values()])
     check_finite(flat, scores)
-    count = counts(scores, method.sparsity, method.allocation)
+    count = counts(scores, method.sparsity, given)
     mask = live_mask(ordered(scores, flat, count), scores, kept_count(method.sparsity, flat.numel()), Paths(task))
     tell_ties(tied(flat, torch.cat([mask[name].to(flat.device).flatten() for name in scores]), count, scores))
     return mask

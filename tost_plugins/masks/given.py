@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from tost_plugins.masks.mask import Mask
 from tost_plugins.training.log import say
-from tost_plugins.training.params import clean_name, is_layer, plain_modules, some
+from tost_plugins.training.params import clean_name, is_layer, is_recurrent, plain_modules, some, weight_keys
 from tost_plugins.training.sharding import whole
 from tost_plugins.training.transformed import transforms
 
 
 def fitted(mask: Mask, model: nn.Module, params: Mapping[str, nn.Parameter]) -> Mask:
     """The mask for exactly `params`; one line names other tensors of the network of which it removes numbers that may come
-    back: biases, norms, embeddings, recurrent and frozen layers have no masks. Raises TostError as `Mask.fit` does, and on
-    zeros in a layer that is ignored or not of this network.
+    back: biases, norms, embeddings and frozen layers have no masks. Recurrent weights of which it says nothing stay dense, which
+    is said. Raises TostError as `Mask.fit` does, and on zeros in a layer that is ignored or not of this network.
 
     Example:
         >>> import torch
@@ -25,6 +25,10 @@ def fitted(mask: Mask, model: nn.Module, params: Mapping[str, nn.Parameter]) -> 
         ['weight']
     """
     others = _others(model, params)
+    unknown = [name for name in params if name not in mask and is_recurrent(name)]
+    if unknown:
+        say(f"mask: without recurrent weights, which stay dense: {some(unknown)}")
+        mask = Mask({**mask, **Mask.dense({name: params[name] for name in unknown})})
     found = mask.fit(params, known=others)
     ours = {id(param) for param in params.values()}
     lost = [name for name, kept in mask.items() if name in others and id(others[name]) not in ours
@@ -37,8 +41,14 @@ def fitted(mask: Mask, model: nn.Module, params: Mapping[str, nn.Parameter]) -> 
 def _others(model: nn.Module, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The model's tensors by all their names, less the weights that might be masked and are ignored."""
     ours = {id(param) for param in params.values()}
-    layers = [module for _, module in plain_modules(model) if is_layer(module) and "weight" in module._parameters]
-    ignored = {id(m.weight) for m in layers if m.weight.requires_grad and not transforms(m)} - ours
+    weights = {
+        id(weight)
+        for _, module in plain_modules(model)
+        if is_layer(module) and (isinstance(module, nn.RNNBase) or not transforms(module))
+        for key in weight_keys(module)
+        if (weight := module._parameters.get(key)) is not None and weight.requires_grad
+    }
+    ignored = weights - ours
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
     return {clean_name(name): tensor for name, tensor in named if id(tensor) not in ignored}
 

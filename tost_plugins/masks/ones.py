@@ -94,6 +94,8 @@ def shapes(model: nn.Module, sides: Sequence[int] = _SIDES) -> Iterator[Shape]:
     first: Any = next(module for _, module in plain_modules(model) if is_layer(module))
     if isinstance(first, nn.Linear) or is_transposed(first):
         yield (first.weight.shape[0 if is_transposed(first) else 1],)
+    elif isinstance(first, nn.RNNBase):
+        yield (8, first.input_size)  # a short sequence, where batches come first
     else:
         kernel = len(first.kernel_size)
         yield from ((first.in_channels, *[side] * kernel) for side in sides)

@@ -16,7 +16,7 @@ from tost_plugins.training.log import say
 from tost_plugins.training.params import clean_name, plain_modules, some
 from tost_plugins.training.task import Task
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def weights_to_score(task: Task, method: str, dtype: torch.dtype | None = None) 
     weights = task.weights(dtype)
     names = {id(param): clean_name(name) for name, param in task.model.named_parameters()}
     gammas = [(names[id(module.weight)], module.weight) for _, module in plain_modules(task.model)
-              if isinstance(module, _NORMS) and module.weight is not None]  # fmt: skip
+              if isinstance(module, NORMS) and module.weight is not None]  # fmt: skip
     zero = [name for name, gamma in gammas if gamma.numel() and not bool(gamma.detach().any())]
     with torch.no_grad():
         for name in zero:

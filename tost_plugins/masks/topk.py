@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks.allocation import allocate, kept_count
+from tost_plugins.masks.allocation import Counts, allocate, kept_count
 from tost_plugins.masks.base import Allocation, OnCollapse
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scoring import wide
@@ -29,7 +29,7 @@ _APART = 1e-3  # of a value: how much wider than the sample shows it an edge is 
 def top_mask(
     scores: Mapping[str, Tensor],
     sparsity: float,
-    allocation: Allocation = "global",
+    allocation: Allocation | Counts = "global",
     on_collapse: OnCollapse = "error",
 ) -> Mask:
     """The mask that keeps the round((1 - sparsity) * N) weights with the highest scores.
@@ -53,7 +53,7 @@ def top_mask(
     return Mask(split(kept, scores))
 
 
-def counts(tensors: Mapping[str, Tensor], sparsity: float, allocation: Allocation) -> dict[str, int] | int:
+def counts(tensors: Mapping[str, Tensor], sparsity: float, allocation: Allocation | Counts) -> dict[str, int] | int:
     """How many weights stay: layer by layer, or one number over all layers for the allocation "global"."""
     shares = allocate(allocation, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, sparsity)
     if shares is None:

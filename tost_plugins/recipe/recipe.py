@@ -20,7 +20,9 @@ from torch import nn
 from tost_plugins.errors import TostError, from_pydantic, unknown
 from tost_plugins.files.atomic import write
 from tost_plugins.masks import MASKS, Mask
+from tost_plugins.masks.base import Moving
 from tost_plugins.recipe import plain_yaml
+from tost_plugins.session.norms_alone import Train
 from tost_plugins.session.session import Session
 from tost_plugins.session.watch.watch import WatchField
 from tost_plugins.training.clock import Time, TimeField
@@ -108,6 +110,7 @@ class Recipe(_Strict):
     mask: MaskField  # type: ignore[valid-type]
     tweaks: tuple[TweakField, ...] = ()  # type: ignore[valid-type]
     compact: bool = False
+    train: Train = "all"
     watch: WatchField = None
     model: Annotated[str, Field(max_length=200)] = "cifar/resnet20"
     data: DataSpec = DataSpec()
@@ -131,6 +134,11 @@ class Recipe(_Strict):
         twice = sorted(kind for kind, count in Counter(kinds).items() if count > 1)
         if twice:
             raise TostError(f"{where}: tweaks: expected each kind once, got {twice[0]!r} twice; merge the two entries")
+        if recipe.train == "norms" and isinstance(recipe.mask, Moving):
+            raise TostError(
+                f"{where}: train: expected all beside a mask that moves with its weights, got 'norms' and {recipe.mask.kind}; "
+                f"use a mask that stands still"
+            )
         if recipe.duration.unit == "dur":
             raise TostError(
                 f"{where}: duration: expected epochs or steps, got {str(recipe.duration)!r}; write '182ep' or '5000ba'"
@@ -152,9 +160,9 @@ class Recipe(_Strict):
 
     @classmethod
     def of(cls, value: Recipe | Mapping[str, Any] | str | Path | None, **overrides: Any) -> Recipe:
-        """Whatever a user may give (None is the default recipe), with the overrides `mask` (a kind, a mask file's path
-        or a dict), `sparsity`, `tweaks` (kinds or dicts), `seed`, `compact` and `watch` (measures, or a dict) applied."""
-        known = ("mask", "sparsity", "tweaks", "seed", "compact", "watch")
+        """Whatever a user may give (None is the default recipe), with the overrides `mask` (a kind, a mask file's path or a
+        dict), `sparsity`, `tweaks` (kinds or dicts), `seed`, `compact`, `train`, `watch` (measures, or a dict) applied."""
+        known = ("mask", "sparsity", "tweaks", "seed", "compact", "train", "watch")
         for name in overrides:
             if name not in known:
                 raise unknown("overrides", "override", name, known)
@@ -167,7 +175,7 @@ class Recipe(_Strict):
             content["mask"] = _as_mask(given["mask"], given.get("sparsity"))
         elif "sparsity" in given:
             content["mask"] = {**_as_mask(content.get("mask")), "sparsity": given["sparsity"]}
-        content |= {name: given[name] for name in ("tweaks", "seed", "compact", "watch") if name in given}
+        content |= {name: given[name] for name in ("tweaks", "seed", "compact", "train", "watch") if name in given}
         return cls.from_dict(content)
 
     def build(self, model: nn.Module) -> Session:

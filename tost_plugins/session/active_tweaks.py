@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tost_plugins.errors import Inapplicable, TostError
+from tost_plugins.masks.base import Scored
 from tost_plugins.session.lasting import why_not
 from tost_plugins.session.optimizers import Optimizers
 from tost_plugins.training.clock import Clock
@@ -35,6 +36,7 @@ class ActiveTweaks:
         try:
             for tweak in list(wanted):
                 try:
+                    _check_that_weights_train(tweak, recipe)
                     tweak.attach(self.model, recipe.seed, recipe.mask.ignore)
                     done.append(tweak)
                 except Inapplicable as reason:
@@ -149,6 +151,16 @@ class ActiveTweaks:
 
 def _companions(model: nn.Module, tweaks: Sequence[Tweak]) -> list[tuple[nn.Parameter, nn.Parameter]]:
     return [pair for tweak in tweaks for pair in tweak.companions(model)]
+
+
+def _check_that_weights_train(tweak: Tweak, recipe: Any) -> None:
+    """Raise Inapplicable for what acts on the steps of masked weights where these take none."""
+    scored = isinstance(recipe.mask, Scored)
+    if (scored or recipe.train == "norms") and (_acts(tweak, "before_step") or _acts(tweak, "after_step")):
+        why = f"mask {recipe.mask.kind}, under which they never do" if scored else "train: norms"
+        raise Inapplicable(
+            f"{tweak.kind}: expected masked weights that train, got {why}; leave {tweak.kind} out, or mark it `optional: true`"
+        )
 
 
 def _acts(tweak: Tweak, moment: str) -> bool:

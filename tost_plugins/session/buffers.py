@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks.base import Averaging, Exploring, MaskMethod, Moving
+from tost_plugins.masks.base import Averaging, Exploring, MaskMethod, Moving, Scored
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
-from tost_plugins.training.params import device_of, is_transposed, owners, plain_modules, prunable, some
+from tost_plugins.training.params import (
+    device_of,
+    is_transposed,
+    key_of,
+    owners,
+    plain_modules,
+    prunable,
+    some,
+    weight_keys,
+)  # fmt: skip
 
-MASK, CLOCK = "weight_mask", "tost_clock"
-SEEN, HIDDEN = "weight_seen", "weight_hidden"  # of masks that move: what was ever kept, and what is out of sight
-MOMENTUM = "weight_momentum"  # of those that move by averages of whole gradients
-TRAINED = "weight_trained"  # of those under which some removed weights train and others do not
-BESIDE = (MASK, SEEN, HIDDEN, MOMENTUM, TRAINED)  # a weight
-CHANGED = "tost_changed"  # how many entries the last move of a mask has changed
-_OURS = (*BESIDE, CLOCK, CHANGED, "alpha", "alive", "tost_beta", "tost_perturbation")
+CLOCK, CHANGED = "tost_clock", "tost_changed"  # the run's, and how many entries the last move of a mask has changed
+# Beside each weight, behind its name: `weight_mask` beside `weight`.
+MASK = "_mask"
+SEEN, HIDDEN = "_seen", "_hidden"  # of masks that move: what was ever kept, and what is out of sight
+MOMENTUM = "_momentum"  # of those that move by averages of whole gradients
+TRAINED = "_trained"  # of those under which some removed weights train and others do not
+FIXED, SCORES, SPEEDS = "_fixed", "_scores", "_speeds"  # of scored ones: values, scores, their momenta
+BESIDE = (MASK, SEEN, HIDDEN, MOMENTUM, TRAINED, FIXED, SCORES, SPEEDS)
+_BESIDE = re.compile(rf"(?:^|\.)(?:weight|weight_(?:ih|hh|hr)_l\d+(?:_reverse)?)({'|'.join(BESIDE)})$")
+_OURS = (CLOCK, CHANGED, "alpha", "alive", "tost_beta", "tost_perturbation")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -28,9 +41,9 @@ def check_free(model: nn.Module, params: dict[str, nn.Parameter]) -> None:
     """Raise TostError where something else has the name of one of ours, which would be overwritten; in a copy of an
     attached model it is ours."""
     for name, module in owners(model, params).items() if not hasattr(model, CLOCK) else ():
-        taken = [key for key in BESIDE if hasattr(module, key)]
+        taken = [key for which in BESIDE if hasattr(module, key := _called(name, which))]
         if taken:
-            layer = name.removesuffix(".weight").removesuffix("weight")
+            layer = name.removesuffix(key_of(name)).removesuffix(".")
             raise TostError(
                 f"attach: expected a layer {layer} ({type(module).__name__}) without a {taken[0]}, where the session keeps its "
                 f"mask, got one that has its own; rename that, use the plain layer, or add {layer!r} to `ignore`"
@@ -53,15 +66,20 @@ class Added:
         params = prunable(model, method.ignore)
         self._layers = list(owners(model, params).items())
         for name, module in self._layers:
-            put(module, MASK, torch.ones_like(params[name], dtype=torch.bool))
+            put(module, _called(name, MASK), torch.ones_like(params[name], dtype=torch.bool))
             if isinstance(method, Moving):
-                put(module, SEEN, torch.zeros_like(params[name], dtype=torch.bool))
+                put(module, _called(name, SEEN), torch.zeros_like(params[name], dtype=torch.bool))
             if isinstance(method, Moving) and method.hides:
-                put(module, HIDDEN, torch.zeros_like(params[name]).detach())
+                put(module, _called(name, HIDDEN), torch.zeros_like(params[name]).detach())
             if isinstance(method, Exploring):
-                put(module, TRAINED, torch.zeros_like(params[name], dtype=torch.bool))
+                put(module, _called(name, TRAINED), torch.zeros_like(params[name], dtype=torch.bool))
             if isinstance(method, Averaging):
-                put(module, MOMENTUM, torch.zeros_like(params[name]).detach())
+                put(module, _called(name, MOMENTUM), torch.zeros_like(params[name]).detach())
+            if isinstance(method, Scored):
+                put(module, _called(name, FIXED), torch.zeros_like(params[name]).detach())
+                for which in (SCORES, SPEEDS):
+                    numbers = torch.zeros(params[name].shape, dtype=_wide(params[name]), device=params[name].device)
+                    put(module, _called(name, which), numbers)
         put(model, CLOCK, torch.full((3,), -1, dtype=torch.int64, device=device_of(model)))
         if isinstance(method, Moving):
             put(model, CHANGED, torch.zeros((), dtype=torch.int64, device=device_of(model)))
@@ -74,13 +92,18 @@ class Added:
 
     def remove(self) -> None:
         """Take all of it away again."""
-        for _, module in self._layers:
-            for name in set(BESIDE) & module._buffers.keys():
-                delattr(module, name)
+        for name, module in self._layers:
+            for key in {_called(name, which) for which in BESIDE} & module._buffers.keys():
+                delattr(module, key)
         for name in {CLOCK, CHANGED} & self.model._buffers.keys():
             delattr(self.model, name)
         for undo in self._undo:
             undo()
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    """What numbers beside a weight are computed in: real, and of 32 bits at least."""
+    return torch.promote_types(weight.real.dtype, torch.float32)
 
 
 def names(model: nn.Module) -> set[str]:
@@ -95,7 +118,28 @@ def known(model: nn.Module) -> set[str]:
 
 def beside(model: nn.Module, params: dict[str, nn.Parameter], which: str = MASK) -> dict[str, Tensor]:
     """Name of a weight -> the buffer beside it: one of BESIDE."""
-    return {name: getattr(module, which) for name, module in owners(model, params).items()}
+    return of(owners(model, params), which)
+
+
+def of(owners: Mapping[str, nn.Module], which: str) -> dict[str, Tensor]:
+    """Name of a weight -> the buffer of this kind beside it, for the modules that have the weights."""
+    return {name: getattr(module, _called(name, which)) for name, module in owners.items()}
+
+
+def is_beside(name: str) -> bool:
+    """Whether an entry of a state dict is one of those that a session keeps beside a weight."""
+    return _BESIDE.search(name) is not None
+
+
+def is_mask(name: str) -> bool:
+    """Whether an entry of a state dict is a mask that a session keeps beside a weight."""
+    found = _BESIDE.search(name)
+    return found is not None and found[1] == MASK
+
+
+def _called(name: str, which: str) -> str:
+    """What the buffer of this kind is called in the module that has the weight."""
+    return f"{key_of(name)}{which}"
 
 
 def read_clock(model: nn.Module) -> Clock | None:
@@ -124,7 +168,7 @@ def version(model: nn.Module) -> tuple[int, int]:
 
 def _exempt_from_ddp(model: nn.Module, added: set[str]) -> Callable[[], None]:
     """Keep DDP from sending our buffers in every forward; the ghosts' running statistics stay in its care."""
-    ours = [name for name in sorted(added) if name.rsplit(".", 1)[-1] in _OURS]
+    ours = [name for name in sorted(added) if name.rsplit(".", 1)[-1] in _OURS or is_beside(name)]
     before = [name for name in getattr(model, _IGNORED, ()) if name not in ours] or None
     setattr(model, _IGNORED, [*(before or []), *ours])
     return lambda: delattr(model, _IGNORED) if before is None else setattr(model, _IGNORED, before)
@@ -141,7 +185,11 @@ def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
         return
     for name, value in module.state_dict().items():
         if _of_a_session(name) and name.rpartition(".")[2] not in ("alpha", "tost_beta", "tost_perturbation"):
-            state_dict.setdefault(prefix + name, value)
+            fixed = name.endswith(FIXED) and is_beside(
+                name
+            )  # the weights that are loaded are those of the rest of the run
+            plain = state_dict.get(prefix + name.removesuffix(FIXED)) if fixed else None
+            state_dict.setdefault(prefix + name, value if plain is None else plain)
 
 
 def _leave_out_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
@@ -149,39 +197,40 @@ def _leave_out_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str)
     foreign = [
         name
         for name in state_dict
-        if name.startswith(prefix) and name.rpartition(".")[2] in BESIDE
-        and (short := name.removeprefix(prefix)) not in own and short.rpartition(".")[0] + ".weight" in own
+        if name.startswith(prefix) and (found := _BESIDE.search(short := name.removeprefix(prefix)))
+        and short not in own and short.removesuffix(found[1]) in own
     ]  # fmt: skip
     for name in foreign:
         del state_dict[name]
-    masks = [name for name in foreign if name.endswith(MASK)]
+    masks = [name for name in foreign if is_mask(name)]
     if masks:
         say(f"checkpoint: {len(masks)} masks are of layers that have none here, and are left out: {some(masks, 3)}")
 
 
 def _fill_in_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """The Hub's Conv1D layers had no masks once: a checkpoint of that time goes on with them dense, as it was."""
-    dense = []
+    """The Hub's Conv1D and recurrent layers had no masks once: a checkpoint of that time goes on with them dense, as it was."""
+    dense: dict[str, dict[str, None]] = {"Conv1D": {}, "recurrent": {}}
     for path, layer in plain_modules(module):
-        start = f"{prefix}{path}."
-        if (
-            is_transposed(layer)
-            and MASK in layer._buffers
-            and f"{start}weight" in state_dict
-            and f"{start}{MASK}" not in state_dict
-        ):
-            dense.append(path)
-            kept = {key: buffer for key, buffer in layer.named_buffers(recurse=False) if key in BESIDE}
-            state_dict |= {
-                f"{start}{k}": torch.full_like(buffer, buffer.dtype == torch.bool) for k, buffer in kept.items()
-            }
-    if dense:
-        say(f"checkpoint: without masks for {len(dense)} Conv1D layers, which stay dense: {some(dense, 3)}")
+        start = f"{prefix}{path}." if path else prefix
+        for key in weight_keys(layer) if is_transposed(layer) or isinstance(layer, nn.RNNBase) else ():
+            kept = {which: layer._buffers.get(f"{key}{which}") for which in BESIDE}
+            if kept[MASK] is not None and f"{start}{key}" in state_dict and f"{start}{key}{MASK}" not in state_dict:
+                dense["Conv1D" if is_transposed(layer) else "recurrent"][path] = None
+                state_dict |= {
+                    f"{start}{key}{k}": state_dict[f"{start}{key}"]
+                    if k == FIXED
+                    else torch.full_like(b, b.dtype == torch.bool)
+                    for k, b in kept.items()
+                    if b is not None
+                }
+    for kind, paths in dense.items():
+        if paths:
+            say(f"checkpoint: without masks for {len(paths)} {kind} layers, which stay dense: {some(list(paths), 3)}")
 
 
 def _check_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """Raise TostError where a run's clock comes without its masks: weights under other names would stay what they are, too."""
-    own = [name for name in module.state_dict() if name.rpartition(".")[2] == MASK]
+    own = [name for name in module.state_dict() if is_mask(name)]
     missing = [name for name in own if f"{prefix}{name}" not in state_dict]
     if missing:
         raise TostError(
@@ -193,4 +242,4 @@ def _check_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> 
 
 def _of_a_session(name: str) -> bool:
     """Whether an entry of an attached model's state dict is one that the plain network does not have."""
-    return any(part in f".{name}" for part in (*(f".{each}" for each in BESIDE), ".ghost_skip.", ".tost_"))
+    return is_beside(name) or any(part in f".{name}" for part in (".ghost_skip.", ".tost_"))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks.base import MaskMethod, Moving
+from tost_plugins.masks.base import MaskMethod, Moving, Scored
 from tost_plugins.session import buffers
 from tost_plugins.session.link import session_of
 from tost_plugins.session.masked_weights import MaskedWeights
@@ -40,7 +40,7 @@ def in_whole(weights: Mapping[str, nn.Parameter], method: MaskMethod, watch: Any
     """Raise TostError where weights are kept in parts that the recipe's mask or watch cannot work with."""
     if not any(map(sharding.is_part, weights.values())):
         return
-    if isinstance(method, Moving) and method.hides:
+    if isinstance(method, Moving) and (method.hides or isinstance(method, Scored)):
         raise TostError(
             f"mask {method.kind}: expected whole weights on every rank, got FSDP2's parts, of which no rank can "
             f"tell the largest; use DDP, or a mask that moves now and then (rigl, set, gradual)"
@@ -76,8 +76,8 @@ def gradients(model: nn.Module, optimizers: Optimizers, clock: Clock) -> None:
 
 
 def same_recipe(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise TostError unless a checkpoint's recipe has the mask and tweaks of this one."""
-    differ = [key for key in ("mask", "tweaks") if _lasting(saved.get(key)) != _lasting(own.get(key))]
+    """Raise TostError unless a checkpoint's recipe has the mask and tweaks of this one, and trains the same part."""
+    differ = [key for key in ("mask", "tweaks", "train") if _lasting(saved.get(key)) != _lasting(own.get(key))]
     if differ:
         raise TostError(
             f"load_state_dict: expected a checkpoint of the same {' and '.join(differ)}, got "

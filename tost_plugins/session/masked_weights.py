@@ -23,16 +23,24 @@ class MaskedWeights:
 
     While `follow` holds, gradients of removed weights are 0 as they arrive, so that clipping, averaging and logging see
     the sparse network, and so what an optimizer keeps for such a weight stays what it gives a new one: it is left alone.
-    `after_step` makes every removed weight exactly 0, whatever the optimizer did. A mask that moves is a `MovingWeights`.
+    `after_step` makes every removed weight exactly 0 (or what it has `instead`), whatever the optimizer did. A mask that
+    moves is a `MovingWeights`.
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], mask: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        mask: Mapping[str, Tensor],
+        instead: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.weights = dict(weights)
         # laid out in memory as the weight is: multiplying two layouts takes many times as long
         self.kept = {
             name: torch.empty_like(param.detach()).copy_(like(mask[name].to(param.device), param))
             for name, param in weights.items()
         }
+        # name -> what removed weights are in place of 0, itself 0 for the others
+        self._instead = [] if instead is None else [instead[name].to(param) for name, param in weights.items()]
         self._count = sum(int(count_true(kept)) for kept in mask.values())
         self.moved: dict[str, float] = {}
         self.made: dict[str, Any] = {}  # what tweaks have made of the mask; empty again when it moves
@@ -158,6 +166,9 @@ class MaskedWeights:
         """With final gradients: mask those that have come by another way, or were changed since they came."""
         self._mask_changed()
 
+    def stepped(self, optimizers: Optimizers | None) -> None:
+        """The optimizer has stepped, and nobody has changed weights since."""
+
     def after_step(self, clock: Clock, optimizers: Optimizers | None = None) -> None:
         """When a step is done: every removed weight is exactly 0."""
         self.zero()
@@ -186,3 +197,5 @@ class MaskedWeights:
                 self.weights[name].masked_fill_(kept == 0, 0)
         elif self.weights:
             torch._foreach_mul_([local(w) for w in self.weights.values()], [local(kept) for kept in self.kept.values()])
+        if self._instead:
+            torch._foreach_add_(list(self.weights.values()), self._instead)

@@ -15,6 +15,7 @@ from tost_plugins.masks.topk import count_true
 from tost_plugins.session import buffers
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.optimizers import Optimizers
+from tost_plugins.session.restarts import restart
 from tost_plugins.session.trained_part import TrainedPart
 from tost_plugins.session.whole_gradients import WholeGradients
 from tost_plugins.session.wiring import Wiring
@@ -37,11 +38,11 @@ class MovingWeights(MaskedWeights):
         # looked up by owner: a model that changes its dtype puts other buffers in the hidden weights' place
         holders = owners(model, dict(weights))
         self.owners = holders if method.hides else {}
-        self.gradients = WholeGradients(holders, method.momentum) if isinstance(method, Averaging) else None
+        self.gradients = WholeGradients(holders, method.average_keeps) if isinstance(method, Averaging) else None
         self.part = TrainedPart(model, weights, method) if isinstance(method, Exploring) else None  # None: all train
         self.changed: Tensor = getattr(model, buffers.CHANGED)
         self.clock = Clock()
-        self._instead = False  # whether a mask had to be another one to connect
+        self._said = False  # that a mask had to be another one to connect
         self._frozen: list[str] = []  # layers that did not train when the mask last moved
         self._total: Any = self._count  # how many weights are kept, on the device
         self._numbers: tuple[int, dict[str, float]] | None = None  # what is logged; None: it has moved since
@@ -107,6 +108,11 @@ class MovingWeights(MaskedWeights):
                 self._move(grads, self.clock, optimizers)
                 self._moved_at = self.clock.step
             optimizers.sit_out()
+
+    def stepped(self, optimizers: Optimizers | None) -> None:
+        """Averages of weights that have come back begin again, from what the optimizer has made of these."""
+        if optimizers is not None and not self.hides:
+            restart(optimizers.inner, self.weights, self.kept)
 
     def after_step(self, clock: Clock, optimizers: Optimizers | None = None) -> None:
         """When a step is done: move a mask that follows the weights, and hide what it removes."""
@@ -185,10 +191,11 @@ class MovingWeights(MaskedWeights):
     def _move(self, grads: Mapping[str, Tensor], clock: Clock, optimizers: Optimizers | None) -> None:
         """Put the method's next mask into the buffers.
 
-        Randomness comes from the seed and the step alone. Every rank gets rank 0's mask, except after each step of a
-        method that hides weights: there it follows from weights that are equal on all ranks.
+        Randomness comes from the seed and the step alone. Every rank gets rank 0's mask, except where it moves after each
+        step: there it follows from numbers that are equal on all ranks.
         """
-        weights, grads = ({n: sharding.whole(t) for n, t in tensors.items()} for tensors in (self.weights, grads))
+        looked_at = self._looked_at()
+        weights, grads = ({n: sharding.whole(t) for n, t in tensors.items()} for tensors in (looked_at, grads))
         moving = {name: mask for name, mask in self.masks.items() if self.weights[name].requires_grad}
         self._say_frozen([name for name in self.masks if name not in moving])
         generator = seeds.generator(self.seed, clock.step)
@@ -212,30 +219,34 @@ class MovingWeights(MaskedWeights):
         self.made.clear()
 
     def _connected(self, new: dict[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The method's next mask, or the one at hand where it connects nothing; what rank 0 says, unless weights are hidden."""
-        if self.hides or ranks.rank() == 0:
+        """The method's next mask, or the one at hand where it connects nothing; rank 0 decides, unless it moves at each step."""
+        if self.restless or ranks.rank() == 0:
             comes_and_goes = isinstance(self.method, Alternating)
-            may = self.wiring.allows(self.masks, {**self.masks, **new}, weights, self.hides, last=not comes_and_goes)
+            may = self.wiring.allows(self.masks, {**self.masks, **new}, weights, self.restless, last=not comes_and_goes)
             if not may and isinstance(self.method, Alternating):
                 new = self.method.instead(new, weights)
-                may = self.wiring.allows(self.masks, {**self.masks, **new}, weights, self.hides)
+                may = self.wiring.allows(self.masks, {**self.masks, **new}, weights, self.restless)
                 if may:
                     self._say_instead()
             new = new if may else {name: self.masks[name] for name in new}
-        if not self.hides and ranks.world() > 1:
+        if not self.restless and ranks.world() > 1:
             new = ranks.broadcast(new, next(iter(self.weights.values())).device)
-        if not self.hides and (ranks.rank() or self.wiring.known is None):
+        if not self.restless and (ranks.rank() or self.wiring.known is None):
             self.wiring.moved({**self.masks, **new})
         return new
 
     def _say_instead(self) -> None:
-        if not self._instead:
+        if not self._said:
             say(
                 f"mask {self.method.kind}: the largest weights of all layers connect nothing, and a phase has the largest of "
                 f"each layer in their place; set allocation: erk for it from the start, or a lower sparsity",
                 logging.WARNING,
             )
-        self._instead = True
+        self._said = True
+
+    def _looked_at(self) -> Mapping[str, Tensor]:
+        """What the method is shown as the weights."""
+        return self.weights
 
     def _say_frozen(self, frozen: list[str]) -> None:
         if frozen and frozen != self._frozen:
@@ -282,4 +293,4 @@ class MovingWeights(MaskedWeights):
 
     def _hidden(self) -> dict[str, Tensor]:
         """Name -> the weight where it is removed, 0 elsewhere; empty if the method hides none."""
-        return {name: getattr(module, buffers.HIDDEN) for name, module in self.owners.items()}
+        return buffers.of(self.owners, buffers.HIDDEN)

@@ -8,7 +8,16 @@ from torch import nn
 
 from tost_plugins.errors import TostError
 from tost_plugins.training.log import say
-from tost_plugins.training.params import clean_name, is_layer, owners, plain_modules, some
+from tost_plugins.training.params import (
+    clean_name,
+    is_layer,
+    key_of,
+    layer_of,
+    owners,
+    plain_modules,
+    some,
+    weight_keys,
+)
 
 
 class Places:
@@ -22,11 +31,14 @@ class Places:
         self._look()
         ours = set(self.params.values())
         weights = (
-            (path, module._parameters.get("weight")) for path, module in plain_modules(model) if is_layer(module)
+            (clean_name(f"{path}.{key}"), module._parameters.get(key))
+            for path, module in plain_modules(model)
+            if is_layer(module)
+            for key in weight_keys(module)
         )
         self._frozen = {
-            clean_name(path): weight
-            for path, weight in weights
+            layer_of(name): weight
+            for name, weight in weights
             if weight is not None and not weight.requires_grad and weight not in ours
         }
 
@@ -41,7 +53,7 @@ class Places:
             for key, child in parent._modules.items()
             if child in above
         ]
-        self._places += [(layer._parameters, "weight", self.params[name]) for name, layer in layers.items()]
+        self._places += [(layer._parameters, key_of(name), self.params[name]) for name, layer in layers.items()]
 
     def check(self, where: str) -> None:
         """Raise TostError, naming the layers, where others stand in the place of masked ones. What only wraps them, as
@@ -55,7 +67,7 @@ class Places:
         if all(table.get(key) is child for table, key, child in self._places):
             return
         there = set(self.model.parameters())
-        lost = [name.removesuffix(".weight") for name, param in self.params.items() if param not in there]
+        lost = [layer_of(name) for name, param in self.params.items() if param not in there]
         if lost:
             raise TostError(
                 f"{where}: expected the layers that were there at the start, got others in the place of {some(lost)}; "

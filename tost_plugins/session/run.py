@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tost_plugins.masks.base import Alternating, Averaging, Moving
+from tost_plugins.masks.base import Alternating, Averaging, Moving, Scored
 from tost_plugins.masks.mask import Mask
 from tost_plugins.session import buffers, checks
 from tost_plugins.session.active_tweaks import ActiveTweaks
@@ -16,9 +16,11 @@ from tost_plugins.session.around import AroundSteps
 from tost_plugins.session.compaction import Compaction
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.moving import MovingWeights
+from tost_plugins.session.norms_alone import NormsAlone
 from tost_plugins.session.optimizers import Optimizers
 from tost_plugins.session.places import Places
 from tost_plugins.session.saved_clock import SavedClock
+from tost_plugins.session.scored import ScoredWeights
 from tost_plugins.session.start import begin, impose, say_begun, say_resumed
 from tost_plugins.session.whole_tensors import say_what_counts
 from tost_plugins.session.wiring import Wiring
@@ -34,6 +36,7 @@ class Run:
     def __init__(self, model: nn.Module, recipe: Any, given_mask: Mask | None, tweaks: ActiveTweaks) -> None:
         self.model, self.recipe, self.given_mask, self.tweaks = model, recipe, given_mask, tweaks
         self.clock, self.saved = Clock(), SavedClock(model)
+        self.norms = NormsAlone(model, recipe.train)
         self.weights: MaskedWeights | None = None
         self.wiring = Wiring()
         self.compaction = Compaction(model, recipe.compact, recipe.mask, self.wiring)
@@ -51,6 +54,7 @@ class Run:
     def begin(self, task: Task, clock: Clock, optimizers: Optimizers | None) -> None:
         """Find the mask and begin, or go on from the checkpoint that was loaded."""
         resumes = self.saved.step >= 0
+        self.norms.check(optimizers)
         self._set(self.saved.load(clock) if resumes else clock)
         self._watcher = None if self.recipe.watch is None else self.recipe.watch.begin(task, self.clock)
         self.compaction.check(self.params, self.tweaks.left_out)
@@ -103,6 +107,7 @@ class Run:
     def step(self, step: int | None, optimizers: Optimizers | None) -> None:
         """When an optimizer step is done: removed weights are 0, the mask moves, schedules advance."""
         assert self.weights is not None
+        self.weights.stepped(optimizers)
         self._around.after(self.weights, self.clock)
         self.clock = self.clock.at(self.clock.step + 1 if step is None else step)
         self.weights.after_step(self.clock, optimizers)
@@ -131,7 +136,9 @@ class Run:
         params, method = self.params, self.recipe.mask
         with self.tweaks.quiet():
             self.compaction.plan(buffers.beside(self.model, params), self.tweaks.left_out)
-        if isinstance(method, Moving):
+        if isinstance(method, Scored):
+            weights = self._keep(ScoredWeights(self.model, params, method, self.recipe.seed, self.wiring))
+        elif isinstance(method, Moving):
             weights = self._keep(MovingWeights(self.model, params, method, self.recipe.seed, self.wiring))
         else:
             weights = self._keep(MaskedWeights(params, buffers.beside(self.model, params)))

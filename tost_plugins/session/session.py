@@ -77,6 +77,7 @@ class Session(Loops):
         """
         self._expect("attach")
         checks.bare(self.model)
+        self.run.norms.look()
         params, known = self.run.params, buffers.known(self.model)
         buffers.check_free(self.model, params)
         if optimizer is not None:
@@ -86,6 +87,7 @@ class Session(Loops):
         self.run.layers = tuple(params)  # whatever is frozen or freed later
         self.tweaks.left_out += left_out(self.model, self.recipe.mask.ignore)
         self._added = buffers.Added(self.model, self.recipe.mask, known, loaded)
+        self.run.norms.freeze()
         self.state = "attached"
         self.model.tost_session = Link(self)  # type: ignore[assignment]
         if self.optimizers is not None:
@@ -206,6 +208,7 @@ class Session(Loops):
         self.tweaks.detach()
         self.run.compaction.detach()
         self._added.remove()
+        self.run.norms.thaw()
         del self.model.tost_session
         self.release()
         self.state = "finished"

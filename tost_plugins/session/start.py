@@ -11,7 +11,7 @@ from torch import nn
 
 from tost_plugins import masks
 from tost_plugins.errors import TostError
-from tost_plugins.masks.base import MaskMethod, Moving
+from tost_plugins.masks.base import MaskMethod, Moving, Scored
 from tost_plugins.masks.given import fitted
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.paths.connectivity import Connectivity
@@ -48,7 +48,9 @@ def begin(
         mask = compaction.live(found)
         try:
             _put(masks.starting_weights(method, task, found, recipe.seed) if given is None else {}, task)
-            if tweaks.active and not (isinstance(method, Moving) and method.hides and not method.settled(clock)):
+            if isinstance(method, Scored):
+                method.prepare(task.params, mask)
+            if tweaks.active and not _needs_all(method, clock):
                 mask.apply_(task.params)  # else when the run takes the mask over
             tweaks.start(task, mask)
         except BaseException:
@@ -68,6 +70,12 @@ def _put(weights: Mapping[str, torch.Tensor], task: Task) -> None:
         task.params[name].copy_(weight)
     if weights:
         say(f"{len(weights)} layers start with weights that come with the mask")
+
+
+def _needs_all(method: MaskMethod, clock: Clock) -> bool:
+    """Whether the run, when it takes the mask over, is to find the removed weights too."""
+    hides = isinstance(method, Moving) and method.hides and not method.settled(clock)
+    return hides or isinstance(method, Scored)
 
 
 def say_begun(

@@ -26,7 +26,7 @@ class WholeGradients:
     @property
     def averages(self) -> dict[str, Tensor]:
         """Name -> the average."""
-        return {name: getattr(module, buffers.MOMENTUM) for name, module in self.owners.items()}
+        return buffers.of(self.owners, buffers.MOMENTUM)
 
     @torch.no_grad()
     def arrives(self, name: str, grad: Tensor, kept: Tensor, goes_on: bool) -> None:

@@ -22,6 +22,8 @@ PRUNABLE = (
 #: What can be compared with 0 and multiplied by a mask; quantized weights cannot.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
+_RECURRENT = re.compile(r"(?:^|\.)weight_(?:ih|hh|hr)_l\d+(?:_reverse)?$")
+
 _PREFIXES = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
@@ -33,6 +35,16 @@ def clean_name(name: str) -> str:
         'layer1.0.conv1.weight'
     """
     return _PREFIXES.sub("", name)
+
+
+def is_recurrent(name: str) -> bool:
+    """Whether it is the name that `nn.LSTM`, `nn.GRU` and `nn.RNN` give to one of their weights.
+
+    Example:
+        >>> is_recurrent("lstm.weight_hh_l0_reverse"), is_recurrent("head.weight")
+        (True, False)
+    """
+    return _RECURRENT.search(name) is not None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -62,8 +74,43 @@ def plain_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether it is a Conv or Linear module, or the Hub's `Conv1D` (GPT-2), a linear layer that stores (inputs, outputs)."""
-    return isinstance(module, PRUNABLE) or is_transposed(module)
+    """Whether it is a Conv, Linear or recurrent module, or the Hub's `Conv1D` (GPT-2), a linear layer that stores (inputs,
+    outputs)."""
+    return isinstance(module, (*PRUNABLE, nn.RNNBase)) or is_transposed(module)
+
+
+def weight_keys(module: nn.Module) -> list[str]:
+    """What a layer calls its weights: `weight`, or in a recurrent one `weight_ih_l0`, `weight_hh_l0` and so on, which hold all
+    gates of one of its layers, one below the other.
+
+    Example:
+        >>> weight_keys(nn.Linear(2, 3)), weight_keys(nn.GRU(2, 3))
+        (['weight'], ['weight_ih_l0', 'weight_hh_l0'])
+    """
+    if not isinstance(module, nn.RNNBase):
+        return ["weight"]
+    return [name for name in module._flat_weights_names if is_recurrent(name)]
+
+
+def gates_of(layer: nn.Module, weight: torch.Tensor) -> int:
+    """How many gates lie one below the other in a weight: 4 in an LSTM, 3 in a GRU; 1 elsewhere, and in projections.
+
+    Example:
+        >>> gates_of(layer := nn.LSTM(2, 3), layer.weight_hh_l0), gates_of(layer := nn.Linear(2, 3), layer.weight)
+        (4, 1)
+    """
+    return max(1, weight.shape[0] // layer.hidden_size) if isinstance(layer, nn.RNNBase) else 1
+
+
+def layer_of(name: str) -> str:
+    """The layer that a weight's name belongs to; the name itself where it has no layer in front.
+
+    Example:
+        >>> layer_of("body.fc.weight"), layer_of("lstm.weight_ih_l0"), layer_of("weight")
+        ('body.fc', 'lstm', 'weight')
+    """
+    layer, dot, key = name.rpartition(".")
+    return layer if dot and (key == "weight" or is_recurrent(key)) else name
 
 
 def is_transposed(module: nn.Module | None) -> bool:
@@ -74,7 +121,7 @@ def is_transposed(module: nn.Module | None) -> bool:
 def prunable(
     model: nn.Module, ignore: Sequence[str] = (), among: Collection[str] | None = None
 ) -> dict[str, nn.Parameter]:
-    """Name -> weight of every Conv and Linear module that trains, less those whose name matches a glob in `ignore`.
+    """Name -> weight of every Conv, Linear and recurrent module that trains, less those whose name matches a glob in `ignore`.
 
     Names are clean (no `module.` and the like), shared weights come once under their first name and are ignored under any
     of their names, ghosts never. A network of which nothing trains is taken as if all of it did. Left out, and named by
@@ -92,11 +139,11 @@ def prunable(
     found: dict[str, nn.Parameter] = {}
     for name, module, why_not in _layers(model, ignore):
         if name in among if among is not None else why_not is None:
-            found.setdefault(name, module._parameters["weight"])  # type: ignore[arg-type]
+            found.setdefault(name, module._parameters[key_of(name)])  # type: ignore[arg-type]
     if not found:
         left = "; ".join(left_out(model, ignore))
         raise TostError(
-            f"{type(model).__name__}: expected Conv or Linear weights to prune, got none; check the model and `ignore`"
+            f"{type(model).__name__}: expected Conv, Linear or recurrent weights to prune, got none; check the model and `ignore`"
             + (f" (left out: {left})" if left else "")
         )
     return found
@@ -104,11 +151,11 @@ def prunable(
 
 def left_out(model: nn.Module, ignore: Sequence[str] = ()) -> list[str]:
     """What of a network gets no mask though nobody asked to leave it alone, in words: layers that do not train, weights that
-    their layers do not use as they are, and parameters of two and more dimensions in modules other than Conv and Linear.
+    their layers do not use as they are, and parameters of two and more dimensions in modules of other kinds.
 
     Example:
-        >>> left_out(nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 4)))
-        ['masks of LSTM (1.weight_ih_l0, 1.weight_hh_l0)']
+        >>> left_out(nn.Sequential(nn.Linear(2, 2), nn.Embedding(2, 4)))
+        ['masks of Embedding (1.weight)']
     """
     groups: dict[str, list[str]] = {}
     held: set[int] = set()
@@ -144,14 +191,15 @@ def _layers(model: nn.Module, ignore: Sequence[str]) -> Iterator[tuple[str, nn.M
     for path, module in plain_modules(model):
         if not is_layer(module):
             continue
-        name = clean_name(f"{path}.weight" if path else "weight")
-        names.append(name)
-        weight = module._parameters.get("weight")
-        globs = [glob for glob in ignore if any(matches(n, glob) for n in [name, *called.get(id(weight), [])])]
-        used.update(globs)
-        if weight is None or id(weight) not in seen:
-            seen.add(id(weight))
-            yield name, module, _IGNORED if globs else _why_not(name, module, all_frozen)
+        for key in weight_keys(module):
+            name = clean_name(f"{path}.{key}" if path else key)
+            names.append(name)
+            weight = module._parameters.get(key)
+            globs = [glob for glob in ignore if any(matches(n, glob) for n in [name, *called.get(id(weight), [])])]
+            used.update(globs)
+            if weight is None or id(weight) not in seen:
+                seen.add(id(weight))
+                yield name, module, _IGNORED if globs else _why_not(name, module, all_frozen)
     missed = [glob for glob in ignore if glob not in used]
     if missed:
         raise TostError(f"ignore: expected globs that match a layer, got {missed[0]!r}; layers: {some(names)}")
@@ -159,13 +207,19 @@ def _layers(model: nn.Module, ignore: Sequence[str]) -> Iterator[tuple[str, nn.M
 
 def matches(name: str, glob: str) -> bool:
     """Whether the glob names this weight, or the layer that has it."""
-    return fnmatchcase(name, glob) or fnmatchcase(name.removesuffix(".weight"), glob)
+    return fnmatchcase(name, glob) or fnmatchcase(layer_of(name), glob)
+
+
+def key_of(name: str) -> str:
+    """What its layer calls a weight."""
+    return name.rpartition(".")[2]
 
 
 def _why_not(name: str, module: nn.Module, all_frozen: bool) -> str | None:
     """Why a layer that nobody ignores has no weight to prune; None where it has."""
-    weight, trains = module._parameters.get("weight"), any(param.requires_grad for param in module.parameters())
-    if weight is None and "weight_orig" in module._parameters:
+    key = key_of(name)
+    weight, trains = module._parameters.get(key), any(param.requires_grad for param in module.parameters())
+    if weight is None and f"{key}_orig" in module._parameters:
         raise TostError(
             f"{name}: expected a plain parameter, got one that torch.nn.utils.prune hides; call "
             f"torch.nn.utils.prune.remove on it first (its zeros stay: from_zeros), or add it to `ignore`"
@@ -175,11 +229,12 @@ def _why_not(name: str, module: nn.Module, all_frozen: bool) -> str | None:
     if weight.dtype not in _DTYPES:
         raise TostError(
             f"{name}: expected a floating-point weight of 16 bits or more, got {weight.dtype}; prune before the model is "
-            f"quantized, or add {name.removesuffix('.weight')!r} to `ignore`"
+            f"quantized, or add {layer_of(name)!r} to `ignore`"
         )
     if not (weight.requires_grad or all_frozen):
         return _FROZEN
-    return f"{type(module).__name__}, which transforms its weight" if transforms(module) else None
+    lost = not isinstance(module, nn.RNNBase) and transforms(module)
+    return f"{type(module).__name__}, which transforms its weight" if lost else None
 
 
 def _check_values(model: nn.Module) -> None:
@@ -209,13 +264,15 @@ def some(names: Sequence[str] | dict, most: int = 6) -> str:
 
 
 def owners(model: nn.Module, params: dict[str, nn.Parameter]) -> dict[str, nn.Module]:
-    """Name -> the module that holds this weight as its `weight`, for the names of `prunable`."""
+    """Name -> the module that holds this weight, for the names of `prunable`; the name's last part is what it is called there."""
     by_id = {id(param): name for name, param in params.items()}
     found: dict[str, nn.Module] = {}
     for _, module in plain_modules(model):
-        name = by_id.get(id(dict(module._parameters.items()).get("weight")))
-        if name is not None and is_layer(module):
-            found.setdefault(name, module)
+        held = dict(module._parameters.items()) if is_layer(module) else {}
+        for key in weight_keys(module) if held else ():
+            name = by_id.get(id(held.get(key)))
+            if name is not None:
+                found.setdefault(name, module)
     return found
 
 

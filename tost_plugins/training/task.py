@@ -163,6 +163,7 @@ def untouched(model: nn.Module, batches: Any = None, *, train: bool) -> Iterator
         stack.enter_context(rng.aside(device_of(model)))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_eager())
+        stack.enter_context(_plain_recurrent(model))
         stack.enter_context(checkpoints_run_once())
         try:
             model.train(train)
@@ -176,6 +177,18 @@ def untouched(model: nn.Module, batches: Any = None, *, train: bool) -> Iterator
                 for name in now.keys() - before.keys():
                     del now[name]
                 now.update(before)
+
+
+@contextlib.contextmanager
+def _plain_recurrent(model: nn.Module) -> Iterator[None]:
+    """Run recurrent layers without cuDNN, where they have gradients in train mode only, and no second ones."""
+    before = torch.backends.cudnn.enabled
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:

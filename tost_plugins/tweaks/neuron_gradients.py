@@ -44,8 +44,9 @@ def factors(kept: Tensor, groups: int = 0) -> Tensor:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class NeuronGradients(Tweak):
-    """Multiplies the gradient of each neuron's weights (an output row of a linear layer, a filter of a convolution) by
-    sqrt(1 - s) / sqrt(1 - mean s), where s is the neuron's sparsity, and mean s that of its layer's neurons.
+    """Multiplies the gradient of each neuron's weights (an output row of a linear layer, a filter of a convolution, a gate's row
+    of a recurrent layer) by sqrt(1 - s) / sqrt(1 - mean s), where s is the neuron's sparsity, and mean s that of its layer's
+    neurons, for each weight of a layer by itself.
 
     A neuron's weights are small in sum where few are kept; a norm behind it makes up for that, and by the chain rule the fewer
     there are, the larger is each one's gradient. Where all neurons of a layer keep as many, nothing changes. It acts on the
@@ -69,11 +70,12 @@ class NeuronGradients(Tweak):
     layers: tuple[str, ...] = Field(("*",), min_length=1)
 
     def attach(self, model: nn.Module, seed: int, ignore: Sequence[str] = ()) -> None:
-        weights = prunable(model, ignore)
-        paths = {name.rpartition(".")[0]: weight for name, weight in weights.items()}
+        paths: dict[str, list[nn.Parameter]] = {}
+        for name, weight in prunable(model, ignore).items():
+            paths.setdefault(name.rpartition(".")[0], []).append(weight)
         chosen = matching(list(paths), self.layers, self.kind, "a layer with a mask")
         shared = _shared(model)
-        left = [path or "the model" for path in chosen if id(paths[path]) in shared]
+        left = [path or "the model" for path in chosen if all(id(weight) in shared for weight in paths[path])]
         if len(left) == len(chosen):
             raise Inapplicable(
                 f"{self.kind}: expected a layer whose weight is its own, got only {some(left)}, whose weights other kinds of "

@@ -65,8 +65,8 @@ class Sharpness(Tweak):
     sees the plain ones. Micro-batches of a step share its perturbation; a step that a loss scaler skips, or in whose place the
     mask moves, hands the one before on. The first step has none. The perturbation is a buffer beside each weight, so that
     checkpoints resume bit for bit: memory for one more copy of the weights, and for the sums, in a forward pass, of another.
-    A weight that several modules share, and the output projection of nn.MultiheadAttention, which reads it past its layer,
-    stay as they are, and a line says so.
+    A weight that several modules share, recurrent ones, and the output projection of nn.MultiheadAttention, which reads it past
+    its layer, stay as they are, and a line says so.
 
     Fields: `rho`, above 0, how far uphill: toward 0 it is the plain training, 0.05 is usual, from 1 on hardly a network
     trains; `until`, from when on training is plain again; None is the end.
@@ -96,7 +96,9 @@ class Sharpness(Tweak):
                 f"out, or mark it `optional: true`"
             )
         if left:
-            say(f"sharpness: {len(left)} weights stay as they are, since other modules read them too: {some(left)}")
+            say(
+                f"sharpness: {len(left)} weights stay as they are (shared, recurrent, or read past their layer): {some(left)}"
+            )
         ascent = Ascent()
         for name, layer in layers.items():
             if name not in left:
@@ -161,7 +163,9 @@ def _places(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _read_elsewhere(model: nn.Module, layer: nn.Module) -> bool:
-    """Whether a layer's weight is one of another module's, too, or is read past the layer's forward pass."""
+    """Whether a layer's weight is one of another module's, too, or is read past the layer's forward pass or its parameters."""
+    if isinstance(layer, nn.RNNBase):
+        return True
     weight = layer._parameters["weight"]
     holders = sum(param is weight for module in model.modules() for param in module._parameters.values())
     return holders > 1 or isinstance(layer, NonDynamicallyQuantizableLinear)

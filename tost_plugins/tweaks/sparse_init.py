@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tost_plugins.errors import Inapplicable
 from tost_plugins.training import ranks
 from tost_plugins.training.log import say
-from tost_plugins.training.params import is_transposed, owners
+from tost_plugins.training.params import gates_of, is_transposed, owners
 from tost_plugins.training.task import Task
 from tost_plugins.tweaks.base import STRICT, Tweak
 
@@ -147,10 +147,10 @@ def _batches_of(module: nn.Module) -> Any:
 
 
 def _rows(tensor: Tensor, layer: nn.Module) -> Tensor:
-    """A layer's weight, or its mask, as (groups, neurons, inputs)."""
+    """A layer's weight, or its mask, as (groups, neurons, inputs); gates are groups."""
     if is_transposed(layer):
         return tensor.mT[None]
-    groups: int = getattr(layer, "groups", 1)  # type: ignore[assignment]
+    groups: int = gates_of(layer, tensor) * getattr(layer, "groups", 1)  # type: ignore[operator]
     if isinstance(layer, _TRANSPOSED):
         return tensor.reshape(groups, -1, *tensor.shape[1:]).transpose(1, 2).flatten(2)
     return tensor.reshape(groups, tensor.shape[0] // groups, -1)

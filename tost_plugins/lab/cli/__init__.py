@@ -15,7 +15,7 @@ from tost_plugins.lab.cli import grids, masks, recipes, runs
 
 app = typer.Typer(help="Sparse training that works: masks, ToST's tweaks, recipes.", no_args_is_help=True,
                   add_completion=False, pretty_exceptions_enable=False)  # fmt: skip
-for command in (runs.train, runs.compare, runs.speed, runs.lottery, grids.reproduce, masks.export):
+for command in (runs.train, runs.compare, runs.speed, runs.lottery, runs.superpose, grids.reproduce, masks.export):
     app.command()(command)
 app.add_typer(masks.app, name="mask")
 app.add_typer(recipes.app, name="recipes")
@@ -35,7 +35,7 @@ def main() -> None:
         from tost_plugins.lab.job import Stopped
 
         if isinstance(error, Stopped):
-            text = f"{error}; the same command goes on (train, compare, lottery: with --resume)"
+            text = f"{error}; the same command goes on (train, compare, lottery, superpose: with --resume)"
             Console(stderr=True).print(text, highlight=False)
             sys.exit(130)
         if isinstance(error, TostError):

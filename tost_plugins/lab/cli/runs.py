@@ -1,4 +1,4 @@
-"""`tost train`, `compare` and `lottery`: a recipe is trained."""
+"""`tost train`, `compare`, `lottery` and `superpose`: a recipe is trained."""
 
 from __future__ import annotations
 
@@ -114,4 +114,35 @@ def lottery(
         {"rows": rows},
         table("lottery tickets, round by round (accuracy in %)", shown),
         f"masks: {out_dir}/round-*/mask.safetensors   table: {out_dir}/lottery.csv",
+    )
+
+
+def superpose(
+    recipe: RecipeArg,
+    set_: SetOption = [],
+    out_dir: Annotated[Path, typer.Option("--out", help="The folder of the run and its tickets.")] = Path(
+        "runs/superpose"
+    ),
+    cycles: Annotated[int, typer.Option(help="How many tickets.")] = 3,
+    share: Annotated[float, typer.Option(help="The part of the run's steps that all cycles take.")] = 0.1,
+    explore: Annotated[float, typer.Option(help="The share of the weights that move where a cycle begins.")] = 0.5,
+    low: Annotated[float, typer.Option(help="The learning rate at a cycle's ends, in the recipe's.")] = 0.01,
+    high: Annotated[float, typer.Option(help="The learning rate in a cycle's middle, in the recipe's.")] = 0.05,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Sup-tickets: end a run of a moving mask with short cycles, and superpose the networks that they lead to."""
+    from tost_plugins.lab.report import table
+    from tost_plugins.lab.superpose import Cycles
+    from tost_plugins.lab.superpose import superpose as run
+
+    content, spent = recipe_of(recipe, set_), Cycles(cycles, share, explore, low, high)
+    with progress(as_json) as listen:
+        rows = run(content, out_dir, spent, resume, listen)
+    shown = [{**row, "sparsity": f"{row['sparsity']:.4f}", "kept_weights": f"{row['kept_weights']:,}"} for row in rows]
+    show(
+        as_json,
+        {"rows": rows},
+        table("the run, its tickets and what they make together (accuracy in %)", shown),
+        f"network: {out_dir}/model.safetensors   mask: {out_dir}/mask.safetensors",
     )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tost_plugins.masks.mask import Mask
+from tost_plugins.masks.restart import constant_sign
 from tost_plugins.training.params import prunable
 
 
@@ -23,22 +22,6 @@ def shuffled(mask: Mask, generator: torch.Generator) -> Mask:
         name: keep.flatten()[torch.randperm(keep.numel(), generator=generator)].view(keep.shape)
         for name, keep in mask.items()
     })  # fmt: skip
-
-
-def constant_sign(weights: Mapping[str, Tensor], mask: Mask) -> dict[str, Tensor]:
-    """Each weight of the layers in `mask` becomes its layer's standard deviation with the weight's own sign.
-
-    The deviation is that of the weights given, before the mask: the signs of an initialisation without its magnitudes.
-
-    Paper: Zhou et al., Deconstructing Lottery Tickets, NeurIPS 2019.
-    Differs from the paper: nothing.
-
-    Example:
-        >>> weights = {"w": torch.tensor([[3.0, -1.0, 1.0, -3.0]])}
-        >>> constant_sign(weights, Mask.dense(weights))["w"].abs().unique().numel()
-        1
-    """
-    return {name: torch.sign(weights[name]) * weights[name].std(correction=0) for name in mask}
 
 
 @torch.no_grad()

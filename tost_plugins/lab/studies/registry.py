@@ -37,6 +37,7 @@ STUDIES: dict[str, Study] = {
     "in-degree": watching.in_degree,
     "emergence": watching.emergence,
     "freeze": training.freeze,
+    "norms-only": training.norms_only,
     "real-speed": real_speed,
 }
 

@@ -4,9 +4,11 @@ row here, an entry in `OPTIONS` of tests/mask_nets.py, by which the laws run ove
 May import: errors, training, files, masks.
 """
 
+from tost_plugins.masks.like import METHODS
 from tost_plugins.masks.methods.ac_dc import AcDc
 from tost_plugins.masks.methods.auto import Auto
 from tost_plugins.masks.methods.dnw import Dnw
+from tost_plugins.masks.methods.edge_popup import EdgePopup
 from tost_plugins.masks.methods.eoi import Eoi
 from tost_plugins.masks.methods.file import File
 from tost_plugins.masks.methods.from_zeros import FromZeros
@@ -16,6 +18,7 @@ from tost_plugins.masks.methods.lottery_ticket import LotteryTicket
 from tost_plugins.masks.methods.magnitude import Magnitude
 from tost_plugins.masks.methods.random import Random
 from tost_plugins.masks.methods.rigl import RigL
+from tost_plugins.masks.methods.selfish import Selfish
 from tost_plugins.masks.methods.set import Set
 from tost_plugins.masks.methods.snfs import Snfs
 from tost_plugins.masks.methods.snip import Snip
@@ -36,8 +39,12 @@ MASKS: dict[str, type] = {
     "set": Set,
     "rigl": RigL,
     "snfs": Snfs,
+    "selfish": Selfish,
     "dnw": Dnw,
     "top_kast": TopKast,
     "gradual": Gradual,
     "ac_dc": AcDc,
+    "edge_popup": EdgePopup,
 }
+
+METHODS.update(MASKS)

@@ -15,7 +15,7 @@ from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.topk import top_k, top_mask
 from tost_plugins.training.log import say
-from tost_plugins.training.params import owners, some
+from tost_plugins.training.params import gates_of, owners, some
 from tost_plugins.training.task import Task
 
 
@@ -66,7 +66,8 @@ class Eoi:
     Each layer keeps exactly as many weights as with `random` under the same seed. A rotation adds several at a time; the last
     few, less than one rotation's step, are drawn at random, and start at 0. A convolution's matrix stands at the centre of its
     kernel, as if it were 1 x 1 (delta-orthogonal); it has the layer's density, at least one weight a row, and the other weights
-    are drawn at random from the kernel around it, and start at 0. Groups have a matrix each. Without a weight for each row (for
+    are drawn at random from the kernel around it, and start at 0. Groups have a matrix each, and so have
+    the gates of a recurrent layer. Without a weight for each row (for
     each column in a layer higher than wide), density 1 / max(rows, columns), some are empty, which a line says. Biases stay.
 
     The weights come in place of the network's own, those of a trained network too, when a run starts; a mask that is given, and
@@ -145,7 +146,7 @@ def _matrices(task: Task, counts: Mapping[str, int], generator: torch.Generator)
     found = {}
     for name, layer in owners(task.model, dict(task.params)).items():
         weight = torch.zeros(task.params[name].shape, dtype=torch.float64, device=generator.device)
-        groups, kernel = _groups(layer), math.prod(weight.shape[2:])
+        groups, kernel = _groups(weight, layer), math.prod(weight.shape[2:])
         count = max(round(counts[name] / kernel), min(counts[name], _least(weight, layer)))
         shares = [count // groups + (group < count % groups) for group in range(groups)]
         rows = weight.shape[0] // groups
@@ -163,8 +164,9 @@ def _center(weight: Tensor) -> tuple[Any, ...]:
 
 def _least(weight: Tensor, layer: nn.Module) -> int:
     """How many weights it takes for no row to be empty; no column in a layer that is higher than wide."""
-    return _groups(layer) * min(weight.shape[0] // _groups(layer), weight.shape[1])
+    groups = _groups(weight, layer)
+    return groups * min(weight.shape[0] // groups, weight.shape[1])
 
 
-def _groups(layer: nn.Module) -> int:
-    return getattr(layer, "groups", 1)  # type: ignore[return-value]
+def _groups(weight: Tensor, layer: nn.Module) -> int:
+    return gates_of(layer, weight) * getattr(layer, "groups", 1)  # type: ignore[operator]

@@ -12,7 +12,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from tost_plugins.errors import TostError
-from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
+from tost_plugins.masks.base import STRICT, OnCollapse, Sparsity
+from tost_plugins.masks.like import Shares
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods.random import Random
 from tost_plugins.masks.topk import count_true, drop_and_grow
@@ -31,7 +32,7 @@ class Set:
     Fields: `sparsity` in [0, 1), 0 is dense; `every`, the time between updates, and `until`, when the mask stops
     moving; `drop`, the share of a layer's kept weights that move in the first update, above 0 (hardly any) to 1 (all),
     which falls with half a cosine to 0 at `until`, rounded down; `allocation`, how the kept weights are shared out at
-    the start, and so for good; `ignore`, globs of layers to leave alone; `on_collapse`, for a layer that loses
+    the start, and so for good, as in `Random`; `ignore`, globs of layers to leave alone; `on_collapse`, for a layer that loses
     everything at the start.
 
     Paper: Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity inspired by
@@ -52,7 +53,7 @@ class Set:
 
     kind: Literal["set"] = "set"
     sparsity: Sparsity
-    allocation: Allocation = "erk"
+    allocation: Shares = "erk"
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
     every: TimeField = Time(100, "ba")

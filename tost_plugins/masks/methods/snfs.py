@@ -55,6 +55,11 @@ class Snfs(Set):
     drop: Annotated[float, Field(gt=0, le=1)] = 0.5
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
+    @property
+    def average_keeps(self) -> float:
+        """The share of an average that stays at each step."""
+        return self.momentum
+
     def update(
         self,
         mask: Mapping[str, Tensor],
