@@ -55,6 +55,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "default": DEFAULT,
     "default, whatever the length": [{**tweak, "least_steps": 0} for tweak in DEFAULT],
     "skip 0.05": [skip(0.05)],
+    "skip 0.1": [skip(0.1)],
     "skip 0.15": [skip(0.15)],
     f"skip 0.05, {EVERYWHERE}": [skip(0.05)],
     f"skip 0.15, {EVERYWHERE}": [skip(0.15)],
@@ -77,6 +78,10 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "init, soft 0.6": [INIT, soft(0.6)],
     f"init, smooth 0.05, skip 0.02, soft 0.1, {EVERYWHERE}": [INIT, SMOOTH, skip(0.02), soft(0.1)],
     "init, smooth 0.05, skip 0.1": [INIT, SMOOTH, skip(0.1)],
+    "neurons": [{"kind": "neuron_gradients"}],
+    "multiplicative": [{"kind": "multiplicative"}],
+    "sparse init": [{"kind": "sparse_init"}],
+    "sharpness": [{"kind": "sharpness"}],
     "init, smooth 0.05, skip 0.1, soft 0.1": [INIT, SMOOTH, skip(0.1), soft(0.1)],
 }
 
