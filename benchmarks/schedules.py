@@ -3,9 +3,9 @@
     python benchmarks/schedules.py --out runs/schedules --seed 10 --seeds 2 --jobs 2     # TOST_DATA: folder with cifar10/
 
 bf16, a thread per run; `--halved` trains on images of 16 x 16 pixels, four times as fast; `--steps N` ends runs there, whatever
-`--epochs` says. All settings of a seed train the same mask. Finished cells are not run again. Writes `schedules.csv` (a row per
-cell) and prints, for each mask, sparsity and setting, mean and single values, and the mean gain over "plain"; then each
-setting's mean gain over all pairs, with its standard error.
+`--epochs` says. All settings of a seed train the same mask. Finished cells are not run again; nan is a mask that is refused.
+Writes `schedules.csv` (a row per cell) and prints, for each mask, sparsity and setting, mean and single values, and the mean gain
+over "plain"; then each setting's mean gain over all pairs, with its standard error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tost_plugins import Recipe, Session
+from tost_plugins import Recipe, Session, TostError
 from tost_plugins.lab import data, models
 from tost_plugins.tweaks.ghost_skip import ghosts
 
@@ -111,7 +111,12 @@ def cell(options: argparse.Namespace, key: Key) -> float:
     path = options.out / f"{live}{mask}-{sparsity:g}-{setting.replace(', ', '+').replace(' ', '_')}-seed{seed}.json"
     if not path.exists():
         torch.set_num_threads(1)
-        path.write_text(json.dumps(train(options, *key)))
+        try:
+            history = train(options, *key)
+        except TostError as refused:  # a mask that connects nothing, say
+            print(f"{mask} {sparsity:g}: {refused}", flush=True)
+            history = [math.nan]
+        path.write_text(json.dumps(history))
     return json.loads(path.read_text())[-1]
 
 

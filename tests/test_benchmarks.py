@@ -117,7 +117,7 @@ def test_the_plain_rescaled_initialisation_is_the_librarys(
         param.data.mul_(size)
     mask = masks.find(model, "random", 0.5)
     mine = plain.rescaled_init(copy.deepcopy(model), itertools.repeat(given), mask, 3)
-    other = rescale(Task.of(model, batches=[given], loss_fn=F.cross_entropy), mask, iterations=3)
+    other = rescale(Task.of(model, batches=[given], loss_fn=F.cross_entropy), mask, iterations=3, learning_rate=0.003)
     torch.testing.assert_close(mine, list(other.values()), rtol=1e-4, atol=1e-4)
     assert mine != [1.0] * len(mine)
     assert f"above 1 in {above} of 3 iterations" in caplog.text  # either objective

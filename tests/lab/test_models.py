@@ -21,6 +21,7 @@ PARAMETERS = {
     "cifar/resnet56": 855_770,
     "cifar/resnet110": 1_730_714,
     "cifar/vgg16": 14_724_042,
+    "cifar/vgg16_slim": 923_130,
     "cifar/mobilenet_v2": 2_296_922,
 }
 

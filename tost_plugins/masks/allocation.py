@@ -109,8 +109,8 @@ def _around(
     if left < 0:
         most = 1 - sum(fixed.values()) / sum(sizes.values())
         raise TostError(
-            f"allocation: {rule}: expected a total of at least the {sum(fixed.values())} weights of {some(dict(fixed))} that "
-            f"it spares, got {total}; set a sparsity of at most {most:.6g}, or {rule.removesuffix('_plus')}"
+            f"allocation: {rule}: expected a total of more than the {sum(fixed.values())} weights of {some(dict(fixed))} that "
+            f"it spares, got {total}; set a sparsity well below {most:.6g}, or {rule.removesuffix('_plus')}"
         )
     density = {name: _DENSITY[rule.removesuffix("_plus")](shapes[name]) for name in rest}
     shared = _whole(_targets(density, rest, left), rest, left)

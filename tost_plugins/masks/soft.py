@@ -14,7 +14,7 @@ from tost_plugins.errors import TostError
 from tost_plugins.training.params import clean_name, matches, some
 
 
-def soft(mask: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+def soft(mask: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
     """Name -> float32 factors in the shape of each mask, on the CPU: 1 for what it keeps, the major weights, and a number
     drawn from U(0, 1), 1 apart, for each of the others, the minor ones.
 
@@ -28,6 +28,8 @@ def soft(mask: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         >>> [round(value, 2) for value in factors.tolist()]
         [1.0, 0.77, 0.09, 1.0]
     """
+    if not isinstance(mask, Mapping):
+        raise TostError(f"soft: expected a mask (name -> tensor), got {type(mask).__name__}; see masks.find")
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, kept in mask.items():
@@ -57,7 +59,7 @@ def soften_(tensors: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> Non
 
 @contextlib.contextmanager
 def minors_only(
-    model: nn.Module, factors: Mapping[str, Tensor], optimizer: Optimizer, also: Sequence[str] = ()
+    model: nn.Module, factors: Mapping[str, Tensor], optimizer: Optimizer, also: str | Sequence[str] = ()
 ) -> Iterator[None]:
     """Within: `optimizer` changes the minor weights alone, each by its factor times the gradient; nothing else of the
     parameters changes, bit for bit, whatever weight decay and momentum do.
@@ -81,7 +83,7 @@ def minors_only(
     """
     params = {clean_name(name): param for name, param in model.named_parameters()}
     _check("minors_only", params, factors)
-    free = _free(params, factors, also)
+    free = _free(params, factors, (also,) if isinstance(also, str) else also)
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     if missing := [name for name in factors if id(params[name]) not in held]:
         raise TostError(
@@ -109,6 +111,12 @@ def _free(params: Mapping[str, nn.Parameter], factors: Mapping[str, Tensor], als
     found: set[str] = set()
     for glob in also:
         named = {n for n in params if n not in factors and (matches(n, glob) or matches(n.rpartition(".")[0], glob))}
+        both = [n for n in factors if matches(n, glob) or matches(n.rpartition(".")[0], glob)]
+        if both:
+            raise TostError(
+                f"minors_only: expected `also` to match parameters without factors, got {glob!r}, which matches {some(both)}; "
+                f"leave these out of the mask (`ignore`), or out of the factors"
+            )
         if not named:
             raise TostError(
                 f"minors_only: expected globs that match other parameters, got {glob!r}; there are {some(dict(params))}"
@@ -123,6 +131,10 @@ def _check(where: str, tensors: Mapping[str, Tensor], factors: Mapping[str, Tens
             raise TostError(
                 f"{where}: expected a tensor {name} of shape {tuple(factor.shape)}, got "
                 f"{tuple(tensors[name].shape) if name in tensors else None}; pass factors that were made for this network"
+            )
+        if factor.dtype == torch.bool:
+            raise TostError(
+                f"{where}: expected factors from 0 to 1, got a mask for {name}; pass masks.soft(mask, seed)"
             )
         if not bool(((factor >= 0) & (factor <= 1)).all()):
             raise TostError(f"{where}: expected factors from 0 to 1, got others for {name}; pass those of masks.soft")

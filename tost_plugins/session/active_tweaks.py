@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tost_plugins.errors import Inapplicable, TostError
@@ -17,6 +18,8 @@ from tost_plugins.training.task import Task
 from tost_plugins.tweaks import Tweak
 from tost_plugins.tweaks.base import Step
 
+_RESTS = "are fewer than its least_steps"
+
 
 class ActiveTweaks:
     """A recipe's tweaks on a model. One that is `optional` and finds nothing to act on is left out; others raise."""
@@ -25,6 +28,7 @@ class ActiveTweaks:
         self.model, self.active = model, list(tweaks)
         self.resting: list[Tweak] = []  # what they have put into the model is silent
         self.left_out: list[str] = []
+        self._order = list(tweaks)
         self.sizes = (0, 0)  # parameters of the model, and those of ghosts among them
 
     def __iter__(self) -> Iterator[Tweak]:
@@ -48,13 +52,25 @@ class ActiveTweaks:
             raise
 
     def rest(self, clock: Clock) -> None:
-        """Let those rest for which the run is too short."""
+        """Let those rest for which the run is too short; a run that turns out to be longer has them back."""
+        steps = clock.total_steps
+        for tweak in [tweak for tweak in self.resting if steps is None or steps >= tweak.least_steps]:
+            self.resting.remove(tweak)
+            self.left_out[:] = [
+                why for why in self.left_out if not why.startswith(f"{tweak.kind} (") or _RESTS not in why
+            ]
+            self.active = [each for each in self._order if each is tweak or any(each is other for other in self.active)]
         for tweak in list(self.active):
-            if clock.total_steps is not None and clock.total_steps < tweak.least_steps:
-                self.leave_out(
-                    tweak, f"{clock.total_steps:,} steps are fewer than its least_steps, {tweak.least_steps:,}"
-                )
+            if steps is not None and steps < tweak.least_steps:
+                self.leave_out(tweak, f"{steps:,} steps {_RESTS}, {tweak.least_steps:,}")
                 self.resting.append(tweak)
+
+    def touch(self, optimizers: Optimizers) -> None:
+        """In a first step, have optimizers make their numbers for what rests too: who loads a checkpoint may ask for those of all
+        that a freshly attached model has."""
+        for param, _ in _companions(self.model, self.resting):
+            if param.requires_grad and param.grad is None and not optimizers.remember(param):
+                param.grad = torch.zeros_like(param)
 
     def look(self, task: Task) -> None:
         """Once, before the mask is looked for."""
@@ -71,7 +87,7 @@ class ActiveTweaks:
 
     def meet(self, optimizers: Optimizers | None, weights: Mapping[str, nn.Parameter]) -> None:
         """Before the run: who changes weights after a step is left out, or raises, where the optimizer does not let them be."""
-        after = [tweak for tweak in self.active if _acts(tweak, "after_step")]
+        after = [tweak for tweak in self.active if tweak.changes_weights]
         why = why_not(optimizers, weights) if after and optimizers is not None else None
         for tweak in after if why else ():
             self._leave_out(tweak, Inapplicable(f"{tweak.kind}: expected an optimizer that goes on from the weights as they "

@@ -84,6 +84,12 @@ class Added:
         if isinstance(method, Moving):
             put(model, CHANGED, torch.zeros((), dtype=torch.int64, device=device_of(model)))
         self.model, self.names = model, names(model) - known
+        for hooks, ours in (
+            (model._load_state_dict_pre_hooks, _accept_plain),
+            (model._load_state_dict_post_hooks, loaded),
+        ):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is ours]:
+                del hooks[key]  # a copy of an attached model brings its hooks along
         self._undo = [
             model.register_load_state_dict_pre_hook(_accept_plain).remove,
             model.register_load_state_dict_post_hook(loaded).remove,
@@ -179,6 +185,7 @@ def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
     which tell ghosts and soft activations to be silent where they are missing. Of a checkpoint that masked other layers,
     frozen ones say, the masks without a place here are left out, and said."""
     if f"{prefix}{CLOCK}" in state_dict:
+        _check_kind(module, state_dict, prefix)
         _leave_out_masks(module, state_dict, prefix)
         _fill_in_masks(module, state_dict, prefix)
         _check_masks(module, state_dict, prefix)
@@ -190,6 +197,21 @@ def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
             )  # the weights that are loaded are those of the rest of the run
             plain = state_dict.get(prefix + name.removesuffix(FIXED)) if fixed else None
             state_dict.setdefault(prefix + name, value if plain is None else plain)
+
+
+def _check_kind(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Raise TostError where a run's checkpoint has other things beside its weights than this recipe's mask asks for."""
+    own = {found[1] for name in module.state_dict() if (found := _BESIDE.search(name))}
+    there = {found[1] for name in state_dict if name.startswith(prefix) and (found := _BESIDE.search(name))}
+    if there and there != own:
+        raise TostError(
+            f"checkpoint: expected one of a run with the recipe's kind of mask (beside each weight {_listed(own)}), got one with "
+            f"{_listed(there)}; resume with the recipe that the run was started with, or load the plain network's weights"
+        )
+
+
+def _listed(kinds: set[str]) -> str:
+    return " ".join(sorted(kind.lstrip("_") for kind in kinds))
 
 
 def _leave_out_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

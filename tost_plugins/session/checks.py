@@ -122,6 +122,28 @@ def over(method: MaskMethod, at_work: Mapping[str, Any], clock: Clock, gone_back
         )
 
 
+def fewer(method: MaskMethod, weights: MaskedWeights, clock: Clock) -> None:
+    """Warn where a mask that moves has ended before it removed what it is to remove."""
+    wanted, size = getattr(method, "sparsity", None), weights.size
+    if not isinstance(method, Moving) or wanted is None or method.settled(clock):
+        return
+    if weights.count - round((1 - wanted) * size) > len(weights.weights):  # each layer may round up
+        say(
+            f"finish at step {clock.step}: the network keeps {weights.count:,} of {size:,} weights, where a sparsity of "
+            f"{wanted:g} keeps {round((1 - wanted) * size):,}: mask {method.kind} was not there yet; train on",
+            logging.WARNING,
+        )
+
+
+def still(method: MaskMethod, clock: Clock) -> None:
+    """Say that a mask that is to move does not in so short a run."""
+    steps = clock.total_steps
+    if not isinstance(method, Moving) or steps is None or not hasattr(method, "every"):
+        return
+    if not any(method.due(clock.at(step)) for step in range(steps)):
+        say(f"mask {method.kind}: does not move in a run of {steps} steps; set a shorter `every`", logging.WARNING)
+
+
 def diverged(weights: MaskedWeights) -> None:
     """The last step may have blown weights up, which no gradient tells any more: warn, and keep zeros outside the mask."""
     bad = not_finite({name: param for name, param in weights.weights.items() if param.numel()})

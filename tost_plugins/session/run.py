@@ -73,6 +73,7 @@ class Run:
         weights = self.take_mask(optimizers, fresh)
         if not resumes:
             say_begun(self.recipe, self.given_mask, weights, self.tweaks, self.wiring.known)
+            checks.still(self.recipe.mask, self.clock)
         if optimizers is not None and (not weights.wants_dense() or getattr(self.recipe.mask, "freeze", None)):
             kept = {weight: sharding.local(weights.reached(name)) for name, weight in weights.weights.items()}
             grows = isinstance(self.recipe.mask, (Averaging, Alternating)) or getattr(
@@ -103,6 +104,8 @@ class Run:
         """With gradients final and masked: what tweaks make of them, unless the step at hand is not to be taken."""
         assert self.weights is not None
         self._around.before(self.model, self.weights, self.clock, optimizers, check_finite)
+        if optimizers is not None and not self.saved.stepped:
+            self.tweaks.touch(optimizers)
 
     def step(self, step: int | None, optimizers: Optimizers | None) -> None:
         """When an optimizer step is done: removed weights are 0, the mask moves, schedules advance."""
@@ -123,12 +126,14 @@ class Run:
         """The last look: the mask, and what it had to say of its moves; its buffers may go now."""
         checks.over(self.recipe.mask, self.tweaks.at_work(), self.clock, self.saved.gone_back)
         assert self.weights is not None
+        checks.fewer(self.recipe.mask, self.weights, self.clock)
         mask = self.weights.mask
         self.wiring.look(mask)
         if isinstance(self.weights, MovingWeights) and self.weights.hides:  # what trained out of sight is gone
             self.weights.forget(optimizers)
         if self._watcher is not None:
             self._watcher.finish(mask, self.clock)
+        sharding.reshard(self.model)
         return mask, self.weights.metrics()
 
     def take_mask(self, optimizers: Optimizers | None = None, fresh: bool = False) -> MaskedWeights:

@@ -173,8 +173,7 @@ class Session(Loops):
             self.weights.zero()
 
     def conceal(self) -> None:
-        """Take removed weights that train out of sight out of the network again: part of `after_step`; to be called in its
-        place where a step was skipped or interrupted."""
+        """Take hidden weights out of the network again: part of `after_step`, to be called alone where a step was skipped."""
         if self.run.weights is not None:
             self.run.weights.conceal()
 
@@ -201,7 +200,6 @@ class Session(Loops):
         if ran:
             self.run.look("finish")
             mask, moved = self.run.end(self.optimizers)
-            sharding.reshard(self.model)
         if self.optimizers is not None:
             self.optimizers.let_be()
             self.optimizers.leave(param for param, _ in self.tweaks.companions())
@@ -274,9 +272,8 @@ class Session(Loops):
         found = (
             None if self.weights.restless else self.run.wiring.known
         )  # else a resumed run would say more than another
-        return (
-            report(self.weights, self.tweaks, False, found).metrics() | self.weights.metrics() | self.tweaks.metrics()
-        )
+        numbers = report(self.weights, self.tweaks, False, found).metrics()
+        return numbers | self.weights.metrics() | self.tweaks.metrics()
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives only: the recipe, the state and the clock. Masks, alpha and beta are buffers of the model."""

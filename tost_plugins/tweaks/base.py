@@ -44,6 +44,10 @@ class Tweak:
     says (0: never; where the length of a run is not known it acts).
     """
 
+    changes_weights = (
+        False  # whether `after_step` writes into the network: optimizers with weights of their own lose that
+    )
+
     kind: Any
     optional: bool = False
     least_steps: Annotated[int, Field(ge=0)] = 0

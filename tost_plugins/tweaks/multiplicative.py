@@ -43,6 +43,8 @@ class Multiplicative(Tweak):
         0.05
     """
 
+    changes_weights = True
+
     kind: Literal["multiplicative"] = "multiplicative"
     optional: bool = False
     strength: _Positive = 10.0

@@ -172,7 +172,7 @@ def refusal(found: Connectivity) -> TostError:
     empty = f" (layers without any weight: {some(found.empty, 6)})" if found.empty else ""
     return TostError(
         f"expected a path of kept weights from the inputs to the outputs, got none: the last one ends at {found.ends}"
-        f"{empty}; set budget: live, a lower sparsity, allocation: erk, or another mask method"
+        f"{empty}; set a lower sparsity, budget: live where the method has it, another allocation, or another mask method"
     )
 
 
