@@ -140,7 +140,11 @@ def still(method: MaskMethod, clock: Clock) -> None:
     steps = clock.total_steps
     if not isinstance(method, Moving) or steps is None or not hasattr(method, "every"):
         return
-    if not any(method.due(clock.at(step)) for step in range(steps)):
+    begin, every, until = (
+        getattr(method, name).steps(clock) if hasattr(method, name) else 0 for name in ("begin", "every", "until")
+    )
+    moments = {begin, begin + max(1, every), until}  # the first move is at one of these
+    if not any(method.due(clock.at(step)) for step in moments if step < steps):
         say(f"mask {method.kind}: does not move in a run of {steps} steps; set a shorter `every`", logging.WARNING)
 
 
