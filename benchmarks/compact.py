@@ -39,7 +39,9 @@ channels up to multiples of 4, 8 or 16 was tried, and no faster; with `channels_
 MobileNetV2 take 0.42x, 0.46x and 0.40x of the dense step without it, 0.48x, 0.57x and 0.69x of that with it (5 rounds).
 Memory: weights, gradients and momenta stay whole, and masks come on top. "steps of a recipe's run": `tost train` with
 `cifar10_synflow_98` on random images, without the first step, in which the mask is found; the recipe has 71,000 of them, so what
-a run takes from start to end (here mostly reading, set-up and the test) comes to the same.
+a run takes from start to end (here mostly reading, set-up and the test) comes to the same. On 2,500 images of CIFAR-10, 72 steps,
+once each with and without `compact: true`, it was 0.73x, and 0.82x from start to end, where at most 0.6x was wanted: **missed**,
+by what ResNet-32's step misses.
 """
 
 SPARSITY = 0.98
