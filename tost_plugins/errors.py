@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 
 _LONGEST = 3000  # characters of an error
 
+_NOT_THERE = (
+    "extra_forbidden",
+    "unexpected_keyword_argument",
+    "unexpected_positional_argument",
+)  # as pydantic calls it
+
 
 class TostError(ValueError):
     """Something the user can mend, worded in one line: where, what was expected, the value, the remedy.
@@ -89,13 +95,17 @@ def from_pydantic(where: str, error: ValidationError, kinds: Container[object] =
     `kinds` are the names that pydantic puts into a path for the member of a union it took; a user never wrote them.
     """
     problems = error.errors(include_url=False)
-    first = problems[0]
+    first = next(
+        (each for each in problems if each["type"].startswith(_NOT_THERE)), problems[0]
+    )  # often what is missing
     parts = [str(part) for part in first["loc"]]
     path = ".".join(p for i, p in enumerate(parts) if not ("[" in p or (i and p in kinds))) or "value"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if first["type"] == "value_error":
         text = f"{path}: {message}"
-    elif first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    elif first["type"] == "unexpected_positional_argument":
+        text = f"expected fields by name alone, got {shown(first.get('input'))} by place; write FIELD=VALUE"
+    elif first["type"].startswith(_NOT_THERE):
         text = f"{path}: expected no such key, got {path.rsplit('.')[-1]!r}; remove it or correct its spelling"
     elif first["type"] in ("missing", "missing_argument"):
         text = f"{path}: expected a value, got none; add the key {path.rsplit('.')[-1]!r}"

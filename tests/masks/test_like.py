@@ -62,7 +62,7 @@ def test_with_a_live_budget_the_counts_are_live_ones() -> None:
         ("like:rigl", "finds a mask of a given sparsity at once, got 'like:rigl'; known: random, magnitude, snip"),
         ("like:file", "at once, got 'like:file'"),
         ("like:lottery_ticket", "at once, got 'like:lottery_ticket'"),
-        ("likely", "expected 'global'"),
+        ("likely", "rule: expected a known allocation, got 'likely'; known: er"),
     ],
 )
 def test_what_has_no_shares_is_refused_when_the_recipe_is_read(allocation: str, message: str) -> None:
@@ -76,7 +76,7 @@ def test_a_method_that_looks_at_batches_asks_for_them() -> None:
 
 
 def test_only_masks_that_are_drawn_take_others_shares() -> None:
-    with pytest.raises(TostError, match="expected 'global'"):
+    with pytest.raises(TostError, match="expected a known allocation, got 'like:magnitude'"):
         find(net(), "snip", 0.8, batches(), allocation="like:magnitude")
 
 

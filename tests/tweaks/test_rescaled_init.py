@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -458,7 +457,7 @@ def test_what_is_wrong_with_the_loss_is_said_before_the_mask_is_looked_for() -> 
     ids=str,
 )
 def test_settings_are_checked_where_they_are_made(wrong: dict) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(TostError, match=r"^RescaledInit: "):
         RescaledInit(**wrong)
 
 

@@ -21,10 +21,12 @@ from tost_plugins.masks.base import STRICT
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods import lottery_ticket
 from tost_plugins.training import ranks, rng, seeds
+from tost_plugins.training.by_hand import worded
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.params import prunable, unwrap
 
 
+@worded
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class LotteryTicket(lottery_ticket.LotteryTicket):
     """The mask method `lottery_ticket`, which see for its fields, with `run`: all rounds in one call."""

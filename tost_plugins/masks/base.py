@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
+from tost_plugins.errors import shown, unknown
 from tost_plugins.masks.mask import Mask
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.task import Task
@@ -29,9 +31,36 @@ Sparsity = Annotated[
     float, AfterValidator(_check_sparsity), Field(json_schema_extra={"minimum": 0, "exclusiveMaximum": 1})
 ]
 
+#: The rules that share weights out, by name.
+RULES = ("global", "uniform", "uniform_plus", "er", "erk", "erk_plus")
+
+
+def checked_allocation(value: object, more: Sequence[str] = ()) -> object:
+    """The value itself; raises ValueError, with one reason where pydantic has one for each form that an allocation may have,
+    unless it is a rule, or a map glob -> sparsity. `more` are other names that may be meant, to be offered."""
+    if isinstance(value, str) and value not in RULES:
+        raise ValueError(str(unknown("rule", "allocation", value, (*RULES, *more))))
+    if isinstance(value, Mapping):
+        for glob, share in value.items():
+            if not isinstance(share, Real) or isinstance(share, bool):
+                raise ValueError(
+                    f"{glob}: expected a sparsity in [0, 1), got {shown(share)}; 0 is dense, 0.9 keeps 10 %"
+                )
+            try:
+                _check_sparsity(float(share))
+            except ValueError as error:
+                raise ValueError(f"{glob}: {error}") from None
+    elif not isinstance(value, str):
+        raise ValueError(f"expected a rule's name or a map, got {shown(value)}; known: {', '.join((*RULES, *more))}")
+    return value
+
+
 #: How the kept weights are shared out: over all layers at once, evenly, by Erdos-Renyi (kernel) rules, each with a plus that
 #: spares ends of the network, or a map glob -> sparsity of those layers (the rest share what is left, evenly).
-Allocation = Literal["global", "uniform", "uniform_plus", "er", "erk", "erk_plus"] | dict[str, Sparsity]
+Allocation = Annotated[
+    Literal["global", "uniform", "uniform_plus", "er", "erk", "erk_plus"] | dict[str, Sparsity],
+    BeforeValidator(checked_allocation),
+]
 
 #: What to do when layers lose all their weights: nothing while the others connect inputs and outputs, an error where they do
 #: not; or to keep the best weight of such a layer and say so.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from tost_plugins.errors import TostError, from_pydantic, unknown
@@ -113,4 +113,4 @@ def _method(kind: str | MaskMethod, options: dict[str, Any]) -> MaskMethod:
         return kind
     if kind not in MASKS:
         raise unknown("kind", "mask method", kind, MASKS)
-    return MASKS[kind](**options)
+    return TypeAdapter[Any](MASKS[kind]).validate_python({**options, "kind": kind})

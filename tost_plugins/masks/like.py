@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import torch
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field
 
 from tost_plugins.errors import TostError, unknown
 from tost_plugins.masks.allocation import Counts
-from tost_plugins.masks.base import Allocation, Moving, OnCollapse
+from tost_plugins.masks.base import Allocation, Moving, OnCollapse, checked_allocation
 from tost_plugins.training.task import Task
 
 #: Every method by its kind: `masks/methods` puts them here, since its files, which it imports, may not import it.
@@ -42,14 +42,15 @@ def _shares(method: type) -> bool:
         return False
     try:
         return not isinstance(method(sparsity=0.5), Moving)
-    except ValidationError:
+    except TostError:
         return False
 
 
 def _check(allocation: object) -> object:
     if isinstance(allocation, str) and allocation.startswith(_LIKE):
         _made(allocation, 0.5)
-    return allocation
+        return allocation
+    return checked_allocation(allocation, [f"{_LIKE}KIND"])
 
 
 #: The allocations of masks that are drawn: the usual ones, and `like:KIND`, the layer shares of the mask of that kind.

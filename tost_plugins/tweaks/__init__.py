@@ -4,6 +4,7 @@ file and one row here. Nothing here knows masks' methods, sessions or recipes.
 May import: errors, training.
 """
 
+from tost_plugins.training.by_hand import worded
 from tost_plugins.tweaks.base import Tweak
 from tost_plugins.tweaks.ghost_skip import GhostSkip
 from tost_plugins.tweaks.label_smoothing import LabelSmoothing
@@ -24,3 +25,6 @@ TWEAKS: dict[str, type[Tweak]] = {
     "sparse_init": SparseInit,
     "sharpness": Sharpness,
 }
+
+for tweak in TWEAKS.values():
+    worded(tweak)

@@ -24,6 +24,7 @@ from tost_plugins.masks.methods.snfs import Snfs
 from tost_plugins.masks.methods.snip import Snip
 from tost_plugins.masks.methods.synflow import SynFlow
 from tost_plugins.masks.methods.top_kast import TopKast
+from tost_plugins.training.by_hand import worded
 
 MASKS: dict[str, type] = {
     "auto": Auto,
@@ -47,4 +48,6 @@ MASKS: dict[str, type] = {
     "edge_popup": EdgePopup,
 }
 
+for method in MASKS.values():
+    worded(method)
 METHODS.update(MASKS)
