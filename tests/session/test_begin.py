@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from tost_plugins import Session, TostError
+from tost_plugins.training.clock import Clock
 
 STEPS = 8
 MASKS = [
@@ -119,3 +120,77 @@ def test_another_optimizer_that_steps_is_an_error_when_the_loop_ends() -> None:
     step(net, sgd(net), BATCHES[0])
     with pytest.raises(TostError, match=r"expected steps of the optimizer that .* was given, SGD, got none"):
         session.finish()
+
+
+def test_a_loop_that_begins_again_has_its_own_length() -> None:
+    ghosts = {"mask": MASKS[0] | {"on_collapse": "keep_one"}, "tweaks": [{"kind": "ghost_skip", "until": "0.5dur"}]}
+    alphas = []
+    for first in (100, STEPS):
+        net = small()
+        session, optimizer = Session(net, ghosts), sgd(net)
+        session.begin(optimizer, BATCHES, total_steps=first)
+        step(net, optimizer, BATCHES[0])
+        session.begin(optimizer, BATCHES, total_steps=STEPS)
+        step(net, optimizer, BATCHES[1])
+        assert session.clock == Clock(2, STEPS, STEPS)
+        assert net.state_dict()["tost_clock"].tolist() == [2, STEPS, STEPS]
+        alphas.append(session.metrics()["tost/ghost_skip/alpha"])
+    assert alphas == [0.5, 0.5]
+
+
+def test_a_checkpoints_length_stands_above_one_given_later(caplog: pytest.LogCaptureFixture) -> None:
+    net = small()
+    session, optimizer = Session(net, recipe(MASKS[0])), sgd(net)
+    session.begin(optimizer, BATCHES, total_steps=100)
+    step(net, optimizer, BATCHES[0])
+    other = small()
+    late, own = Session(other, recipe(MASKS[0])).attach(), sgd(other)
+    other.load_state_dict(net.state_dict())
+    late.begin(own, BATCHES, total_steps=100)
+    late.begin(own, BATCHES, total_steps=100)
+    assert "not used" not in caplog.text
+    late.begin(own, BATCHES, total_steps=50)
+    assert late.clock == Clock(1, 100, STEPS) and "not used: total_steps 50" in caplog.text
+
+
+def test_what_rested_acts_when_the_loop_begins_again_longer(caplog: pytest.LogCaptureFixture) -> None:
+    tweaks = [
+        {"kind": "ghost_skip", "until": "4ba", "least_steps": 8},
+        {"kind": "rescaled_init", "iterations": 3, "learning_rate": 0.1, "least_steps": 8},
+    ]
+    made = {}
+    for lengths in ((STEPS,), (4, STEPS)):
+        net = small()
+        session, optimizer = Session(net, {"mask": {"kind": "magnitude", "sparsity": 0.5}, "tweaks": tweaks}), sgd(net)
+        for length in lengths:
+            session.begin(optimizer, BATCHES, total_steps=length)
+        assert not session.left_out and session.metrics()["tost/ghost_skip/alpha"] == 1
+        made[lengths] = net.state_dict()
+    whole, again = made.values()
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
+def test_what_is_at_work_stays_so_in_a_shorter_loop() -> None:
+    net = small()
+    tweak = {"kind": "ghost_skip", "until": "0.5dur", "least_steps": 8}
+    session, optimizer = Session(net, {"mask": MASKS[0] | {"on_collapse": "keep_one"}, "tweaks": [tweak]}), sgd(net)
+    session.begin(optimizer, BATCHES, total_steps=STEPS)
+    session.begin(optimizer, BATCHES, total_steps=4)
+    step(net, optimizer, BATCHES[0])
+    assert session.metrics()["tost/ghost_skip/alpha"] == 0.5
+    step(net, optimizer, BATCHES[1])
+    assert session.is_plain and session.finish().sparsity == pytest.approx(0.6, abs=0.01)
+
+
+def test_a_tweak_that_cannot_begin_late_is_asked_again() -> None:
+    net = small()
+    tweak = {"kind": "rescaled_init", "iterations": 3, "least_steps": 8}
+    session, optimizer = Session(net, {"mask": {"kind": "magnitude", "sparsity": 0.5}, "tweaks": [tweak]}), sgd(net)
+    session.begin(optimizer, BATCHES, total_steps=4)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    for _ in range(2):
+        with pytest.raises(TostError, match="rescaled_init: expected batches to look at"):
+            session.begin(optimizer, total_steps=STEPS)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items() if "tost" not in name)
+    session.begin(optimizer, BATCHES, total_steps=STEPS)
+    assert not torch.equal(before["0.weight"], net.state_dict()["0.weight"])

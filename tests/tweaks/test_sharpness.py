@@ -369,3 +369,23 @@ def test_two_ranks_take_the_same_way_in_whole_weights_and_in_parts(tmp_path: Pat
         for name, value in first[kind].items():
             torch.testing.assert_close(value, first["alone"][name], rtol=1e-9, atol=1e-12)
     assert not torch.allclose(first["alone"]["body.7.weight"], first["plain"]["body.7.weight"], rtol=1e-3)
+
+
+def test_layers_in_eval_mode_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    plain, still, norms = Digits().double(), Digits().double(), Digits().double()
+    session = run(plain, {**SHARP, "until": "0ba"}, lambda session, x: session.model.eval())
+    run(still, SHARP, lambda session, x: session.model.eval())
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), still.parameters(), strict=True))
+    count = len(session.mask)
+    (line,) = [message for message in caplog.messages if "eval mode" in message]
+    assert line.startswith(f"sharpness: {count} of {count} layers are in eval mode while the network trains, and take ")
+    assert "body.0.weight" in line and line.endswith("; call model.train() (norms alone may stay in eval mode)")
+    caplog.clear()
+
+    def freeze_norms(session: Session, x: Tensor) -> None:
+        for module in session.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+
+    run(norms, SHARP, freeze_norms)
+    assert "eval mode" not in caplog.text

@@ -347,6 +347,22 @@ def test_features_of_a_frozen_backbone_stay(name: str, kind: str) -> None:
         raise AssertionError("there is nothing that trains")
 
 
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("ghost_skip", "a spatial convolution"),
+        ("soft_activation", "a ReLU"),
+        ("neuron_gradients", "a layer with a mask"),
+    ],
+)
+def test_globs_that_match_nothing_beside_others_are_named(kind: str, what: str, caplog: Any) -> None:
+    with caplog.at_level(logging.INFO, "tost_plugins"):
+        TWEAKS[kind](layers=("*", "nowhere.*", "layer9")).attach(build("plain"), 0)
+        TWEAKS[kind](layers=("*",)).attach(build("plain"), 0)
+    (line,) = [message for message in caplog.messages if "match nothing" in message]
+    assert line.startswith(f"{kind}.layers: 'nowhere.*', 'layer9' match nothing; {what}")
+
+
 @pytest.mark.parametrize("traced", [True, False])
 def test_layers_choose_the_activations(traced: bool) -> None:
     net = build("functional")

@@ -53,17 +53,34 @@ class ActiveTweaks:
 
     def rest(self, clock: Clock) -> None:
         """Let those rest for which the run is too short; a run that turns out to be longer has them back."""
+        self.wake(clock)
         steps = clock.total_steps
-        for tweak in [tweak for tweak in self.resting if steps is None or steps >= tweak.least_steps]:
+        for tweak in list(self.active):
+            if steps is not None and steps < tweak.least_steps:
+                self.leave_out(tweak, f"{steps:,} steps {_RESTS}, {tweak.least_steps:,}")
+                self.resting.append(tweak)
+
+    def wake(self, clock: Clock) -> list[Tweak]:
+        """Have those back for which the run is long enough, and return them."""
+        steps = clock.total_steps
+        woken = [tweak for tweak in self.resting if steps is None or steps >= tweak.least_steps]
+        for tweak in woken:
             self.resting.remove(tweak)
             self.left_out[:] = [
                 why for why in self.left_out if not why.startswith(f"{tweak.kind} (") or _RESTS not in why
             ]
             self.active = [each for each in self._order if each is tweak or any(each is other for other in self.active)]
-        for tweak in list(self.active):
-            if steps is not None and steps < tweak.least_steps:
-                self.leave_out(tweak, f"{steps:,} steps {_RESTS}, {tweak.least_steps:,}")
-                self.resting.append(tweak)
+        return woken
+
+    def catch_up(self, tweaks: Sequence[Tweak], task: Task, mask: Mapping[str, Tensor]) -> None:
+        """Before the first step: begin with these, which rested when the others began; after an error they rest again."""
+        try:
+            for begin in (lambda tweak: tweak.look(task), lambda tweak: tweak.start(task, mask)):
+                self._each(begin, [tweak for tweak in self.active if any(tweak is each for each in tweaks)])
+        except BaseException:
+            self.active = [tweak for tweak in self.active if not any(tweak is each for each in tweaks)]
+            self.resting += tweaks
+            raise
 
     def touch(self, optimizers: Optimizers) -> None:
         """In a first step, have optimizers make their numbers for what rests too: who loads a checkpoint may ask for those of all
@@ -151,8 +168,8 @@ class ActiveTweaks:
         """What makes the network another than the finished one: names and strengths as in `metrics`."""
         return {key: value for key, value in self.metrics().items() if key.endswith(("alpha", "active")) and value}
 
-    def _each(self, call: Callable[[Tweak], None]) -> None:
-        for tweak in list(self.active):
+    def _each(self, call: Callable[[Tweak], None], tweaks: Sequence[Tweak] | None = None) -> None:
+        for tweak in list(self.active if tweaks is None else tweaks):
             try:
                 call(tweak)
             except Inapplicable as reason:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tost_plugins.masks.allocation import kept_count
 from tost_plugins.masks.mask import Mask
-from tost_plugins.training.clock import Clock
+from tost_plugins.training.clock import LENGTHS, Clock
 
 
 def line(sparsity: float | None, saved: Clock, asked: Clock, mask: Mask) -> tuple[str, bool]:
@@ -22,7 +22,7 @@ def line(sparsity: float | None, saved: Clock, asked: Clock, mask: Mask) -> tupl
     unused = []
     if sparsity is not None and mask.kept != kept_count(sparsity, mask.size):
         unused.append(f"sparsity {sparsity:g}")
-    for key in ("total_steps", "steps_per_epoch"):
+    for key in LENGTHS:
         before, now = getattr(saved, key), getattr(asked, key)
         if before is not None and now is not None and before != now:
             unused.append(f"{key} {now}")

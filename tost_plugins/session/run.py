@@ -25,9 +25,10 @@ from tost_plugins.session.start import begin, impose, say_begun, say_resumed
 from tost_plugins.session.whole_tensors import say_what_counts
 from tost_plugins.session.wiring import Wiring
 from tost_plugins.training import sharding
-from tost_plugins.training.clock import Clock
+from tost_plugins.training.clock import LENGTHS, Clock
 from tost_plugins.training.params import prunable
 from tost_plugins.training.task import Task
+from tost_plugins.tweaks import Tweak
 
 
 class Run:
@@ -36,6 +37,7 @@ class Run:
     def __init__(self, model: nn.Module, recipe: Any, given_mask: Mask | None, tweaks: ActiveTweaks) -> None:
         self.model, self.recipe, self.given_mask, self.tweaks = model, recipe, given_mask, tweaks
         self.clock, self.saved = Clock(), SavedClock(model)
+        self._asked = Clock()  # the lengths that the loop at hand has given
         self.norms = NormsAlone(model, recipe.train)
         self.weights: MaskedWeights | None = None
         self.wiring = Wiring()
@@ -53,7 +55,7 @@ class Run:
 
     def begin(self, task: Task, clock: Clock, optimizers: Optimizers | None) -> None:
         """Find the mask and begin, or go on from the checkpoint that was loaded."""
-        resumes = self.saved.step >= 0
+        resumes, self._asked = self.saved.step >= 0, clock
         self.norms.check(optimizers)
         self._set(self.saved.load(clock) if resumes else clock)
         self._watcher = None if self.recipe.watch is None else self.recipe.watch.begin(task, self.clock)
@@ -81,6 +83,34 @@ class Run:
             )
             say_what_counts(optimizers, kept, grows)
         self._look()
+
+    def go_on(self, task: Task, clock: Clock, optimizers: Optimizers | None) -> None:
+        """Another loop takes up a run that has begun: one after an error, say, with other lengths. Tweaks at work stay so."""
+        self.notice_loading()
+        late = self._take_lengths(clock)
+        if late:
+            self.tweaks.meet(optimizers, self.params)
+        if late and not self.clock.step:
+            with sharding.unsharded(self.model), self.tweaks.quiet():
+                self.tweaks.catch_up(late, replace(task, params=self.params), self._saved_mask())
+        self._asked = clock
+        self.take_mask()
+
+    def _take_lengths(self, clock: Clock) -> list[Tweak]:
+        """Those given now, where they are others than before, and no checkpoint's stand above them; the tweaks that no
+        longer rest."""
+        given = {key: value for key in LENGTHS if (value := getattr(clock, key)) is not None}
+        new = {key: value for key, value in given.items() if value != getattr(self._asked, key)}
+        if not new:
+            return []
+        if self.saved.has_lengths:
+            say_resumed(self.recipe, self.given_mask, buffers.read_clock(self.model), clock, self._saved_mask())
+            return []
+        longer = replace(self.clock, **new)
+        checks.times((self.recipe.mask, *self.tweaks), longer)
+        self.clock = longer
+        self.saved.write(self.clock, lengths=True)
+        return self.tweaks.wake(longer)
 
     def look(self, where: str) -> None:
         """Before a step, and at the end: what was loaded, and whether the layers are still those that have masks."""

@@ -112,7 +112,8 @@ class Session(Loops):
         initialisations that look at data, and so are `loss_fn(outputs, labels)`, `forward(model, batch)`, which calls the model,
         and `criterion(outputs, batch)`, its loss; `total_steps` and `steps_per_epoch` count optimizer steps. A `clock` is the
         trainer's own time; it counts before the first step, and where a checkpoint is from another step, since its weights
-        begin another run then. Raises TostError with the weights unchanged.
+        begin another run then. A run that has begun goes on, with the lengths given now unless a checkpoint's stand above them.
+        Raises TostError with the weights unchanged.
         """
         self._expect("start")
         sharding.check_kind("start", self.model)
@@ -122,15 +123,13 @@ class Session(Loops):
         self.adopt(optimizer)
         if clock is not None and self.state != "finished" and self.saved_step() not in (-1, clock.step or None):
             buffers.write_clock(self.model, clock, lengths=True)
-        if self.state == "attached":
+        if self.state != "finished":
             clock = clock or Clock(0, total_steps, steps_per_epoch)
             with reading(batches, device_of(self.model)) as found:  # once, for all that look at it
                 task = Task(self.model, self.run.params, found, loss_fn, forward, criterion, clock.total_steps)
-                self.run.begin(task, clock, self.optimizers)
+                take = self.run.begin if self.state == "attached" else self.run.go_on
+                take(task, clock, self.optimizers)
             self.state = "running"
-        elif self.state == "running":
-            self.run.notice_loading()
-            self.run.take_mask()
         else:  # before it ever ran, what was loaded since is the result
             self.run.keep(self.mask if self.run.saved.was_written else Mask.from_zeros(self.run.params))
         self.weights.follow()

@@ -12,6 +12,9 @@ from tost_plugins.errors import TostError
 
 _PATTERN = r"^([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)(dur|ep|ba)$"
 
+#: The fields of a clock that say how long its run is.
+LENGTHS = ("total_steps", "steps_per_epoch")
+
 _LONGEST = 1e12  # so that numbers of steps fit into 64 bits
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -26,7 +27,8 @@ class Ascent:
     until a run of its own says so: an average sees the weights as they are."""
 
     def __init__(self) -> None:
-        self.live, self.quiet = False, False
+        self.live = self.quiet = False
+        self.said = False  # that layers in eval mode do not take part
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ascent:
         return Ascent()
@@ -62,7 +64,7 @@ class Sharpness(Tweak):
 
     The masked weights that are kept move, removed ones stay 0; |g| is the norm over all of them. The weights themselves never
     change: in training each layer computes with the sum, and whoever else reads them, in evaluation, checkpoints or averages,
-    sees the plain ones. Micro-batches of a step share its perturbation; a step that a loss scaler skips, or in whose place the
+    sees the plain ones. Layers in eval mode at the step take no part, which a line says. Micro-batches of a step share its perturbation; a step that a loss scaler skips, or in whose place the
     mask moves, hands the one before on. The first step has none. The perturbation is a buffer beside each weight, so that
     checkpoints resume bit for bit: memory for one more copy of the weights, and for the sums, in a forward pass, of another.
     A weight that several modules share, recurrent ones, and the output projection of nn.MultiheadAttention, which reads it past
@@ -127,6 +129,7 @@ class Sharpness(Tweak):
         }
         if not grads:
             return
+        _say_still([name for name in grads if not layers[name].training], layers)
         size = _norm(list(grads.values()))
         for name, layer in layers.items():
             grad = grads.get(name)
@@ -160,6 +163,18 @@ def _places(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in plain_modules(model):
         if Uphill in mixins_of(module):
             yield clean_name(f"{path}.weight" if path else "weight"), module
+
+
+def _say_still(still: list[str], layers: dict[str, Any]) -> None:
+    """Once in a run: which layers are in eval mode while the network trains."""
+    ascent = next(iter(layers.values())).tost_ascent
+    if still and not ascent.said:
+        ascent.said = True
+        say(
+            f"sharpness: {len(still)} of {len(layers)} layers are in eval mode while the network trains, and take their gradients "
+            f"where they stand: {some(still)}; call model.train() (norms alone may stay in eval mode)",
+            logging.WARNING,
+        )
 
 
 def _read_elsewhere(model: nn.Module, layer: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
@@ -14,11 +15,18 @@ from tost_plugins.tweaks.surgery.trace import Trace
 
 
 def matching(paths: Sequence[str], layers: Sequence[str], where: str, what: str) -> list[str]:
-    """The paths that a glob in `layers` matches; raises TostError where none does."""
+    """The paths that a glob in `layers` matches; raises TostError where none does. One line names globs that match nothing
+    beside others that do."""
     chosen = [path for path in paths if any(fnmatchcase(path, glob) for glob in layers)]
+    missed = [glob for glob in layers if not any(fnmatchcase(path, glob) for path in paths)]
     if not chosen:
         raise TostError(
             f"{where}.layers: expected globs that match {what}, got {list(layers)!r}; there are {some(paths)}"
+        )
+    if missed:
+        say(
+            f"{where}.layers: {some([repr(glob) for glob in missed])} match nothing; {what} is at {some(paths)}",
+            logging.WARNING,
         )
     return chosen
 
