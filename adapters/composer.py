@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import composer.algorithms
-from composer import Trainer
+from composer import Trainer, algorithms
+from composer.algorithms import EMA, SAM, SWA, GradientClipping, LabelSmoothing
 from composer.core import Algorithm, DataSpec, Event, Precision, State, TimeUnit
 from composer.loggers import Logger
 from composer.utils import ensure_tuple
@@ -34,10 +34,10 @@ def apply_tost(
 ) -> Session:
     """Put ghosts, soft activations and mask buffers into a model, in place, before it is wrapped or compiled.
 
-    `recipe` and the overrides are those of `TostAlgorithm`, which drives the session inside a Trainer. Ghost parameters
-    join the optimizer's group of the convolution they stand beside. A model that has a session keeps it: twice is once.
-    Raises TostError, with the model unchanged, when a part of the recipe has nothing to act on, and for a model that is
-    attached with another recipe.
+    `recipe` and the overrides are those of `TostAlgorithm`, which drives the session inside a Trainer. Ghosts join the
+    optimizer's group of the convolution they stand beside. A model that has a session keeps it: twice is once. Raises
+    TostError, with the model unchanged, when a part of the recipe has nothing to act on, and for a model that is attached
+    with another recipe.
 
     Example:
         >>> session = apply_tost(model, {"mask": {"kind": "snip", "sparsity": 0.9}})  # doctest: +SKIP
@@ -118,66 +118,63 @@ class TostAlgorithm(Algorithm):
         self.recipe, self._repr = recipe, f"TostAlgorithm({recipe.to_dict()!r})"  # Composer reads it at every event
 
     def _attach(self, state: State, logger: Logger) -> None:
-        model = unwrap(state.model)
         others = [type(other) for other in state.algorithms if other is not self]
         if TostAlgorithm in others:
             raise TostError("TostAlgorithm: expected one in a Trainer, got two; merge their recipes")
-        sam = any(issubclass(other, composer.algorithms.SAM) for other in others)
-        sam = sam or any(hasattr(optimizer, "base_optimizer") for optimizer in state.optimizers)
-        if sam and isinstance(self.recipe.mask, Moving):
+        sam = [each for each in state.optimizers if hasattr(each, "base_optimizer")]
+        if isinstance(self.recipe.mask, Moving) and (sam or any(issubclass(other, SAM) for other in others)):
             raise TostError(
                 f"TostAlgorithm: mask {self.recipe.mask.kind}: expected one gradient for each step, got SAM, which takes "
                 f"two; leave SAM out, or use a mask that does not move"
             )
         if state.fsdp_config is not None or state.tp_config is not None:
             raise TostError(
-                "TostAlgorithm: expected one process or DDP, got a parallelism_config, with which Composer keeps weights in "
-                "parts; leave it out (DDP), or use FSDP2 (fully_shard) in a loop of your own (session.drive)"
+                "TostAlgorithm: expected one process or DDP, got a parallelism_config, which keeps weights in parts; leave it "
+                "out (DDP), or use FSDP2 (fully_shard) in a loop of your own (session.drive)"
             )
-        self._check_behind(state)
-        averages = [type(other).__name__ for other in state.algorithms[: state.algorithms.index(self)]
-                    if isinstance(other, (composer.algorithms.EMA, composer.algorithms.SWA))]  # fmt: skip
+        self._check_places(state)
+        sure = [tweak for tweak in self.recipe.tweaks if not tweak.least_steps]  # the others may rest in this run
+        self._check_clipping(state, ActiveTweaks(state.model, sure))
+        smooths = [tweak for tweak in sure if tweak.kind == "label_smoothing"]
+        twice = self._smoothed_twice(state) if smooths else None
+        if twice is not None and not smooths[0].optional:
+            raise twice
+        self._session, self._added = apply_tost(unwrap(state.model), optimizers=state.optimizers, **self._asked), True
+        self._take(self._session.recipe)
+        if twice is not None and self._session.smoothing.tweak is not None:
+            self._session.smoothing.leave_out(twice, "something else smooths labels")
+
+    def _check_places(self, state: State) -> None:
+        """Raise TostError where what replaces layers would come too late, or what averages weights too early."""
+        here = state.algorithms.index(self)
+        averages = [type(other).__name__ for other in state.algorithms[:here] if isinstance(other, (EMA, SWA))]
         if averages and isinstance(self.recipe.mask, Moving) and self.recipe.mask.hides:
             raise TostError(
                 f"TostAlgorithm: mask {self.recipe.mask.kind}: expected to be in front of what averages the weights, got "
                 f"{averages[0]} in front, which would average hidden weights too; write [TostAlgorithm(...), {averages[0]}(...)]"
             )
-        twice = self._smoothed_twice(model, others)
-        if twice is not None and not all(
-            tweak.optional for tweak in self.recipe.tweaks if tweak.kind == "label_smoothing"
-        ):
-            raise twice
-        self._session, self._added = apply_tost(model, optimizers=state.optimizers, **self._asked), True
-        self._take(self._session.recipe)
-        if twice is not None and self._session.smoothing.tweak is not None:
-            self._session.smoothing.leave_out(twice, "something else smooths labels")
-
-    def _check_behind(self, state: State) -> None:
-        """Raise TostError where what replaces layers, or clips gradients (last in the list is first), would come too late."""
-        first = {type(other) for other in state.algorithms[: state.algorithms.index(self)]}
-        if composer.algorithms.GradientClipping in first and ActiveTweaks(state.model, self.recipe.tweaks).around_steps:
-            raise TostError(
-                "TostAlgorithm: expected to be in front of GradientClipping where a tweak acts on gradients, got it behind; "
-                "write [TostAlgorithm(...), GradientClipping(...)]"
-            )
-        late = [name for other in state.algorithms[state.algorithms.index(self) :]
-                if (name := type(other).__name__) in _REPLACE]  # fmt: skip
+        late = [name for other in state.algorithms[here:] if (name := type(other).__name__) in _REPLACE]
         if late:
             raise TostError(
                 f"TostAlgorithm: expected to be behind what replaces layers, got it in front of {late[0]}; put it behind: "
                 f"write [{late[0]}(...), TostAlgorithm(...)]"
             )
 
-    def _smoothed_twice(self, model: Any, others: list[type]) -> TostError | None:
-        if not any(tweak.kind == "label_smoothing" for tweak in self.recipe.tweaks):
-            return None
-        if composer.algorithms.LabelSmoothing in others:
+    def _check_clipping(self, state: State, tweaks: ActiveTweaks) -> None:
+        if tweaks.around_steps and GradientClipping in map(type, state.algorithms[: state.algorithms.index(self)]):
+            raise TostError(
+                "TostAlgorithm: expected to be in front of GradientClipping where a tweak acts on gradients, got it behind; "
+                "write [TostAlgorithm(...), GradientClipping(...)]"
+            )
+
+    def _smoothed_twice(self, state: State) -> TostError | None:
+        if LabelSmoothing in map(type, state.algorithms):
             return TostError(
                 "TostAlgorithm: label_smoothing: expected to be the only one, got Composer's LabelSmoothing as "
                 "well; remove it, or leave label_smoothing out of the tweaks"
             )
         try:
-            check_hard("TostAlgorithm: label_smoothing", getattr(model, "_loss_fn", None))
+            check_hard("TostAlgorithm: label_smoothing", getattr(unwrap(state.model), "_loss_fn", None))
         except TostError as error:
             return error
         return None
@@ -208,6 +205,9 @@ class TostAlgorithm(Algorithm):
 
     def _fit(self, state: State, logger: Logger) -> None:
         self._start(state, logger, _clock(state, self.session))
+        self._check_clipping(state, self.session.tweaks)
+        if self.session.smoothing.tweak is not None and (twice := self._smoothed_twice(state)) is not None:
+            self.session.smoothing.leave_out(twice, "something else smooths labels")
         smoothing, model = self.session.smoothing, unwrap(state.model)
         if self.session.state == "running" and not self._unfollow:
             self._unfollow = [
@@ -295,6 +295,6 @@ def _clock(state: State, session: Session) -> Clock:
 
 
 # Composer finds required algorithms by name in its own package, and has no other way to register one
-composer.algorithms.TostAlgorithm = TostAlgorithm  # type: ignore[attr-defined]
-if "TostAlgorithm" not in composer.algorithms.__all__:
-    composer.algorithms.__all__.append("TostAlgorithm")
+algorithms.TostAlgorithm = TostAlgorithm  # type: ignore[attr-defined]
+if "TostAlgorithm" not in algorithms.__all__:
+    algorithms.__all__.append("TostAlgorithm")

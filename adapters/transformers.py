@@ -79,7 +79,7 @@ class TostCallback(TrainerCallback, ExportableState):
         """A `compute_loss_func` for the Trainer: `loss_fn(logits, labels)`, a mean over the labels that count (those that are
         not -100), with smoothed labels in training, scaled for gradient accumulation as the Trainer expects. Masks and
         initialisations that look at the loss look at this one."""
-        if any(tweak.kind == "label_smoothing" and not tweak.optional for tweak in self.recipe.tweaks):
+        if any(t.kind == "label_smoothing" and not t.optional and not t.least_steps for t in self.recipe.tweaks):
             check_hard("TostCallback.criterion: label_smoothing", loss_fn)
 
         def compute_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -100,13 +100,8 @@ class TostCallback(TrainerCallback, ExportableState):
         _come_first(self)
         session = Session(model, self.recipe, self._mask)
         session.smoothing.remedy = "pass compute_loss_func=callback.criterion(loss_fn) to the Trainer"
-        if session.smoothing.tweak is not None and args.label_smoothing_factor:
-            twice = TostError(
-                f"TostCallback: label_smoothing: expected to be the only one, got "
-                f"label_smoothing_factor={args.label_smoothing_factor}; set it to 0, or leave "
-                f"label_smoothing out of the tweaks"
-            )
-            session.smoothing.leave_out(twice, "the Trainer smooths labels itself")
+        if session.smoothing.tweak is not None and not session.smoothing.tweak.least_steps:
+            _smooth_once(session, args)  # else when it is known whether it rests
         if args.n_gpu > 1:
             raise TostError(
                 f"TostCallback: expected one process per GPU, got one for {args.n_gpu} (DataParallel, whose copies share "
@@ -140,6 +135,7 @@ class TostCallback(TrainerCallback, ExportableState):
         how = {"forward": self._forward, "criterion": self._criterion}
         given = self._criterion is not None or self._forward is not call
         session.start(kwargs["optimizer"], loader, clock=clock, **(how if given or own is None else _conventions(own)))
+        _smooth_once(session, args)
         self._shifts = getattr(trainer, "_loss_shifts_labels", False)
         if trainer is not None and own is None and not self._unfollow:  # an own function is smoothed by `criterion`
             self._unfollow = [functools.partial(setattr, trainer, "compute_loss", trainer.compute_loss)]
@@ -218,6 +214,16 @@ def _ends(session: Session, *parts: Any) -> int:
 
 def _is_seen(tweak: Tweak, session: Session) -> bool:
     return any(name.endswith(("alpha", "active")) for name in tweak.metrics(session.model))
+
+
+def _smooth_once(session: Session, args: Any) -> None:
+    """Raise TostError where the Trainer smooths labels too, or leave that to it where ours is optional."""
+    if session.smoothing.tweak is not None and args.label_smoothing_factor:
+        twice = TostError(
+            f"TostCallback: label_smoothing: expected to be the only one, got "
+            f"label_smoothing_factor={args.label_smoothing_factor}; set it to 0, or leave label_smoothing out of the tweaks"
+        )
+        session.smoothing.leave_out(twice, "the Trainer smooths labels itself")
 
 
 def _check_checkpoint(session: Session, state: Any) -> None:

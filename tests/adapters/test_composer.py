@@ -436,6 +436,29 @@ def test_composers_label_smoothing_as_well_is_an_error(order):
     trainer(net, TostAlgorithm(RECIPE, tweaks=["ghost_skip"]), ComposersLabelSmoothing()).fit()
 
 
+@pytest.mark.parametrize("twice", ["loss", "algorithm"])
+def test_smoothing_that_rests_is_in_nobodys_way(twice):
+    rests = {**RECIPE, "tweaks": [{"kind": "label_smoothing", "alpha": 0.1, "least_steps": STEPS + 1}]}
+    own = nn.CrossEntropyLoss(label_smoothing=0.1 if twice == "loss" else 0.0)
+    others = [] if twice == "loss" else [ComposersLabelSmoothing()]
+    net, algorithm = model(loss_fn=own), TostAlgorithm(rests)
+    trainer(net, algorithm, *others).fit()
+    assert len(algorithm.session.left_out) == 1 and "fewer than its least_steps" in algorithm.session.left_out[0]
+    run = trainer(model(loss_fn=own), TostAlgorithm(rests), *map(copy.deepcopy, others), max_duration=f"{STEPS + 1}ba")
+    with pytest.raises(TostError, match=r"label_smoothing: expected (to be the only one|a loss with hard labels)"):
+        run.fit()
+
+
+def test_clipping_may_come_first_where_what_acts_on_gradients_rests():
+    rests = {**RECIPE, "tweaks": [{"kind": "neuron_gradients", "least_steps": STEPS + 1}]}
+    algorithm = TostAlgorithm(rests)
+    trainer(model(), GradientClipping("norm", 0.1), algorithm).fit()
+    assert len(algorithm.session.left_out) == 1 and algorithm.session.clock.step == STEPS
+    run = trainer(model(), GradientClipping("norm", 0.1), TostAlgorithm(rests), max_duration=f"{STEPS + 1}ba")
+    with pytest.raises(TostError, match="expected to be in front of GradientClipping where a tweak acts on gradients"):
+        run.fit()
+
+
 # ---- errors, before anything changes
 
 

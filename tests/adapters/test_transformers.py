@@ -421,6 +421,20 @@ def test_what_cannot_work_is_refused_before_anything_changes(tmp_path: Path) -> 
     assert list(model.state_dict()) == keys and not differences(weights(model), before) and type(model) is Net
 
 
+def test_smoothing_that_rests_leaves_it_to_the_trainer(tmp_path: Path) -> None:
+    tweaks = [{"kind": "label_smoothing", "least_steps": 4}]
+    for steps in (3, 4):
+        model, callback = Net(), TostCallback(RECIPE, tweaks=tweaks)
+        model.config = copy.copy(ResNetConfig())
+        run = make(tmp_path, [callback], model, label_smoothing_factor=0.1, max_steps=steps)
+        if steps == 3:
+            run.train()
+            assert callback.session.left_out == ["label_smoothing (3 steps are fewer than its least_steps, 4)"]
+        else:
+            with pytest.raises(TostError, match=r"expected to be the only one, got label_smoothing_factor=0\.1"):
+                run.train()
+
+
 def test_a_second_callback_added_later_is_refused(tmp_path: Path) -> None:
     trainer = make(tmp_path, [TostCallback(RECIPE)])
     trainer.add_callback(TostCallback(MASK_ONLY))

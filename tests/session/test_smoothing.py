@@ -91,6 +91,24 @@ def test_a_loss_that_smooths_by_its_own_settings_is_left_out_where_smoothing_is_
     )
 
 
+def test_smoothing_that_rests_takes_any_loss() -> None:
+    loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
+    for steps in (3, 4):
+        model = net()
+        session, optimizer = session_of(model, SMOOTHING | {"least_steps": 4})
+        made = session.criterion(loss_fn)
+        session.begin(optimizer, total_steps=steps)
+        if steps == 3:
+            assert torch.equal(made(model(X), Y), loss_fn(model(X), Y)) and session.criterion(loss_fn) is loss_fn
+        else:
+            with pytest.raises(
+                TostError, match="got one that smooths labels itself; use cross entropy on class indices"
+            ):
+                made(model(X), Y)
+            with pytest.raises(TostError, match="expected a loss with hard labels"):
+                session.criterion(loss_fn)
+
+
 class Owner(nn.Module):
     """A network that owns its loss, and computes it."""
 

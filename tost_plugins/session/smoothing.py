@@ -35,8 +35,9 @@ class Smoothing:
         return found[0] if found else None
 
     def criterion(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`loss_fn` with smoothed labels in training: a module; or `loss_fn` itself where the recipe does not smooth."""
-        if self.tweak is not None:
+        """`loss_fn` with smoothed labels in training: a module; or `loss_fn` itself where the recipe does not smooth. Whether one
+        that smooths by its own settings is in the way of a tweak that may rest turns out with its first loss."""
+        if self.tweak is not None and (self.session.state == "running" or not self.tweak.least_steps):
             try:
                 check_hard("label_smoothing", loss_fn)
             except TostError as error:

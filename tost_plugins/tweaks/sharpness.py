@@ -64,11 +64,11 @@ class Sharpness(Tweak):
 
     The masked weights that are kept move, removed ones stay 0; |g| is the norm over all of them. The weights themselves never
     change: in training each layer computes with the sum, and whoever else reads them, in evaluation, checkpoints or averages,
-    sees the plain ones. Layers in eval mode at the step take no part, which a line says. Micro-batches of a step share its perturbation; a step that a loss scaler skips, or in whose place the
-    mask moves, hands the one before on. The first step has none. The perturbation is a buffer beside each weight, so that
-    checkpoints resume bit for bit: memory for one more copy of the weights, and for the sums, in a forward pass, of another.
-    A weight that several modules share, recurrent ones, and the output projection of nn.MultiheadAttention, which reads it past
-    its layer, stay as they are, and a line says so.
+    sees the plain ones. Layers in eval mode at the step take no part, which a line says. Micro-batches of a step share its
+    perturbation; a step that a loss scaler skips, or in whose place the mask moves, hands the one before on. The first step
+    has none. The perturbation is a buffer beside each weight, so that checkpoints resume bit for bit: memory for one more
+    copy of the weights, and for the sums, in a forward pass, of another. A weight that several modules share, recurrent ones,
+    and the output projection of nn.MultiheadAttention, which reads it past its layer, stay as they are, and a line says so.
 
     Fields: `rho`, above 0, how far uphill: toward 0 it is the plain training, 0.05 is usual, from 1 on hardly a network
     trains; `until`, from when on training is plain again; None is the end.
@@ -171,8 +171,8 @@ def _say_still(still: list[str], layers: dict[str, Any]) -> None:
     if still and not ascent.said:
         ascent.said = True
         say(
-            f"sharpness: {len(still)} of {len(layers)} layers are in eval mode while the network trains, and take their gradients "
-            f"where they stand: {some(still)}; call model.train() (norms alone may stay in eval mode)",
+            f"sharpness: {len(still)} of {len(layers)} layers are in eval mode while the network trains, and take their "
+            f"gradients where they stand: {some(still)}; call model.train() (norms alone may stay in eval mode)",
             logging.WARNING,
         )
 
