@@ -264,6 +264,7 @@ def test_samples_are_not_sought_for_ever() -> None:
         (torch.rand(6, 4), r"got torch\.float32 of shape \(6, 4\); use a mask method that needs no classes"),
         (torch.full((6,), -100), "expected samples with a class, got none; check the labels"),
         ([0] * 6, "one whole number per sample, got list"),
+        (torch.zeros(24, dtype=torch.long), "one label for each of 6 samples, got 24 labels"),
     ],
 )
 def test_samples_without_a_class(labels: object, message: str) -> None:

@@ -73,4 +73,9 @@ def _classes(task: Task, batch: Any, method: str) -> list[int]:
             f"{method}: expected labels that are one whole number per sample, got {got}; "
             f"use a mask method that needs no classes, such as snip"
         )
+    if len(labels) != size_of(batch):
+        raise TostError(
+            f"{method}: expected one label for each of {size_of(batch)} samples, got {len(labels)} labels; use a mask method that "
+            f"needs no classes, such as snip"
+        )
     return labels.tolist()

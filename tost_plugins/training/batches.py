@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from tost_plugins.errors import TostError
 
@@ -20,7 +21,7 @@ def walk(change: Callable[..., Any], batch: Any, *others: Any) -> Any:
     """
     if isinstance(batch, Mapping):
         return {key: walk(change, part, *(other[key] for other in others)) for key, part in batch.items()}
-    if isinstance(batch, (tuple, list)) and not isinstance(batch, torch.nn.utils.rnn.PackedSequence):
+    if isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
         parts = [walk(change, part, *rest) for part, *rest in zip(batch, *others, strict=True)]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)  # named tuples take them singly
     return change(batch, *others)
@@ -59,6 +60,8 @@ def _counts(entry: Any) -> list[int]:
     """How many samples an entry may hold, the likeliest first."""
     if isinstance(entry, Tensor):
         return [len(entry)] if entry.ndim else []
+    if isinstance(entry, PackedSequence):
+        return [int(entry.batch_sizes[0])]
     if _records(entry):
         return [len(entry)]
     inside = next(filter(None, map(_counts, _entries(entry))), []) if isinstance(entry, (Mapping, tuple, list)) else []
@@ -93,6 +96,11 @@ def pick(batch: Any, index: Sequence[int]) -> Any:
     def chosen(part: Any) -> Any:
         if isinstance(part, Tensor) and _counted(part, size, records):
             return part[torch.as_tensor(index, device=part.device)]
+        if isinstance(part, PackedSequence):
+            raise TostError(
+                "batch: expected samples that can be taken singly, got a PackedSequence; pass padded tensors and their lengths, and "
+                "pack them in the network's forward"
+            )
         return [part[i] for i in index] if _counted(part, size, records) else inside(part)
 
     def inside(part: Any) -> Any:

@@ -82,6 +82,11 @@ def placed(where: str) -> Iterator[None]:
         if any(words in reason for words in ("derivative for", "functorch", "torch.func")):
             text = f"{where}: expected a network that can be differentiated twice, got one that cannot ({reason})"
             raise Inapplicable(f"{text}; leave rescaled_init out") from error
+        if "Cannot access data pointer" in reason:
+            raise Inapplicable(
+                f"{where}: expected layers whose gradient torch.func can follow, got some that it cannot, as recurrent layers on "
+                f"packed sequences are ({reason}); give them padded tensors, or leave rescaled_init out"
+            ) from error
         if "mutate a captured Tensor" in reason:
             raise Inapplicable(
                 f"{where}: expected a loss that changes no tensor in place, got one that does, as a network beside this one does "
