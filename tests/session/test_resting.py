@@ -135,7 +135,17 @@ def test_a_copy_of_an_attached_model_ends_without_hooks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("there", "here"), [("edge_popup", "set"), ("set", "snfs"), ("magnitude", "ac_dc"), ("rigl", "magnitude")]
+    ("there", "here"),
+    [
+        ("edge_popup", "set"),
+        ("set", "snfs"),
+        ("magnitude", "ac_dc"),
+        ("rigl", "magnitude"),
+        ("rigl", "set"),
+        ("set", "rigl"),
+        ("gradual", "ac_dc"),
+        ("selfish", "set"),
+    ],
 )
 def test_a_checkpoint_of_another_kind_of_mask_is_refused_in_one_line(there: str, here: str) -> None:
     model, session, optimizer = made(mask={"kind": there, "sparsity": 0.5})
@@ -144,6 +154,47 @@ def test_a_checkpoint_of_another_kind_of_mask_is_refused_in_one_line(there: str,
     other, _, _ = made(mask={"kind": here, "sparsity": 0.5})
     with pytest.raises(TostError, match="checkpoint: expected one of a run with the recipe's kind of mask"):
         other.load_state_dict(model.state_dict())
+
+
+def test_a_checkpoint_that_names_its_kind_says_it() -> None:
+    model, session, optimizer = made(mask={"kind": "rigl", "sparsity": 0.5})
+    session.begin(optimizer, DATA, total_steps=STEPS)
+    train(model, optimizer, 0, 2)
+    other, late, own = made(mask={"kind": "set", "sparsity": 0.5})
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(
+        TostError, match=r"recipe's kind of mask \(set\), got one of rigl; resume with the recipe that the run"
+    ):
+        other.load_state_dict(model.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    with torch.no_grad():  # as a framework does that loads tensor by tensor
+        for name, value in other.state_dict().items():
+            value.copy_(model.state_dict()[name])
+    with pytest.raises(TostError, match=r"recipe's kind of mask \(set\), got one of rigl"):
+        late.begin(own, DATA, total_steps=STEPS)
+
+
+@pytest.mark.parametrize(("there", "here"), [("random", "eoi"), ("eoi", "random")])
+def test_a_checkpoint_of_a_mask_found_otherwise_goes_on_and_says_so(there: str, here: str, caplog: Any) -> None:
+    model, session, optimizer = made(mask={"kind": there, "sparsity": 0.5})
+    session.begin(optimizer, DATA, total_steps=STEPS)
+    train(model, optimizer, 0, 2)
+    other, late, own = made(mask={"kind": here, "sparsity": 0.5})
+    other.load_state_dict(model.state_dict())
+    late.begin(own, DATA, total_steps=STEPS)
+    assert caplog.text.count(f"a mask of sparsity 0.5000; not used: mask {here}") == 1
+    assert late.mask == session.mask and late.clock.step == 2
+
+
+@pytest.mark.parametrize("kind", ["set", "random"])
+def test_a_checkpoint_from_before_kinds_were_written_goes_on(kind: str, caplog: Any) -> None:
+    model, session, optimizer = made(mask={"kind": kind, "sparsity": 0.5})
+    session.begin(optimizer, DATA, total_steps=STEPS)
+    train(model, optimizer, 0, 2)
+    other, late, own = made(mask={"kind": kind, "sparsity": 0.5})
+    other.load_state_dict({name: value for name, value in model.state_dict().items() if name != "tost_kind"})
+    late.begin(own, DATA, total_steps=STEPS)
+    assert late.mask == session.mask and late.clock.step == 2 and "not used" not in caplog.text
 
 
 def test_a_mask_that_does_not_move_is_said_and_one_that_is_not_there_yet(caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,7 @@ from tost_plugins.files.tensors import by_clean_name, comparable, read_tensors, 
 from tost_plugins.lab.export_formats import write_onnx, write_pt2
 from tost_plugins.lab.export_network import network
 from tost_plugins.masks.mask import FORMAT, Mask
-from tost_plugins.session import buffers
+from tost_plugins.session import buffers, kinds
 from tost_plugins.training.params import prunable
 from tost_plugins.tweaks.soft_activation import RELU
 
@@ -127,7 +127,7 @@ def _number(path: Path) -> int:
 
 
 def _is_ours(name: str) -> bool:
-    own = (buffers.CLOCK, buffers.CHANGED, "tost_beta", "tost_perturbation")
+    own = (buffers.CLOCK, buffers.CHANGED, kinds.KIND, "tost_beta", "tost_perturbation")
     return buffers.is_beside(name) or ".ghost_skip." in f".{name}" or name.rsplit(".", 1)[-1] in own
 
 

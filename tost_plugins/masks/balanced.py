@@ -75,7 +75,7 @@ def _classes(task: Task, batch: Any, method: str) -> list[int]:
         )
     if len(labels) != size_of(batch):
         raise TostError(
-            f"{method}: expected one label for each of {size_of(batch)} samples, got {len(labels)} labels; use a mask method that "
-            f"needs no classes, such as snip"
+            f"{method}: expected one label for each of {size_of(batch)} samples, got {len(labels)} labels; use a mask method "
+            f"that needs no classes, such as snip"
         )
     return labels.tolist()

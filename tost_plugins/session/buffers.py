@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tost_plugins.errors import TostError
 from tost_plugins.masks.base import Averaging, Exploring, MaskMethod, Moving, Scored
+from tost_plugins.session import kinds
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
 from tost_plugins.training.params import (
@@ -33,7 +34,7 @@ TRAINED = "_trained"  # of those under which some removed weights train and othe
 FIXED, SCORES, SPEEDS = "_fixed", "_scores", "_speeds"  # of scored ones: values, scores, their momenta
 BESIDE = (MASK, SEEN, HIDDEN, MOMENTUM, TRAINED, FIXED, SCORES, SPEEDS)
 _BESIDE = re.compile(rf"(?:^|\.)(?:weight|weight_(?:ih|hh|hr)_l\d+(?:_reverse)?)({'|'.join(BESIDE)})$")
-_OURS = (CLOCK, CHANGED, "alpha", "alive", "tost_beta", "tost_perturbation")
+_OURS = (CLOCK, CHANGED, kinds.KIND, "alpha", "alive", "tost_beta", "tost_perturbation")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -81,6 +82,7 @@ class Added:
                     numbers = torch.zeros(params[name].shape, dtype=_wide(params[name]), device=params[name].device)
                     put(module, _called(name, which), numbers)
         put(model, CLOCK, torch.full((3,), -1, dtype=torch.int64, device=device_of(model)))
+        put(model, kinds.KIND, kinds.written(method.kind).to(device_of(model)))
         if isinstance(method, Moving):
             put(model, CHANGED, torch.zeros((), dtype=torch.int64, device=device_of(model)))
         self.model, self.names = model, names(model) - known
@@ -101,7 +103,7 @@ class Added:
         for name, module in self._layers:
             for key in {_called(name, which) for which in BESIDE} & module._buffers.keys():
                 delattr(module, key)
-        for name in {CLOCK, CHANGED} & self.model._buffers.keys():
+        for name in {CLOCK, CHANGED, kinds.KIND} & self.model._buffers.keys():
             delattr(self.model, name)
         for undo in self._undo:
             undo()
@@ -185,7 +187,7 @@ def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
     which tell ghosts and soft activations to be silent where they are missing. Of a checkpoint that masked other layers,
     frozen ones say, the masks without a place here are left out, and said."""
     if f"{prefix}{CLOCK}" in state_dict:
-        _check_kind(module, state_dict, prefix)
+        kinds.check(module, state_dict, prefix, _BESIDE)
         _leave_out_masks(module, state_dict, prefix)
         _fill_in_masks(module, state_dict, prefix)
         _check_masks(module, state_dict, prefix)
@@ -197,21 +199,6 @@ def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
             )  # the weights that are loaded are those of the rest of the run
             plain = state_dict.get(prefix + name.removesuffix(FIXED)) if fixed else None
             state_dict.setdefault(prefix + name, value if plain is None else plain)
-
-
-def _check_kind(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Raise TostError where a run's checkpoint has other things beside its weights than this recipe's mask asks for."""
-    own = {found[1] for name in module.state_dict() if (found := _BESIDE.search(name))}
-    there = {found[1] for name in state_dict if name.startswith(prefix) and (found := _BESIDE.search(name))}
-    if there and there != own:
-        raise TostError(
-            f"checkpoint: expected one of a run with the recipe's kind of mask (beside each weight {_listed(own)}), got one with "
-            f"{_listed(there)}; resume with the recipe that the run was started with, or load the plain network's weights"
-        )
-
-
-def _listed(kinds: set[str]) -> str:
-    return " ".join(sorted(kind.lstrip("_") for kind in kinds))
 
 
 def _leave_out_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tost_plugins.masks.base import Alternating, Averaging, Moving, Scored
 from tost_plugins.masks.mask import Mask
-from tost_plugins.session import buffers, checks
+from tost_plugins.session import buffers, checks, kinds
 from tost_plugins.session.active_tweaks import ActiveTweaks
 from tost_plugins.session.around import AroundSteps
 from tost_plugins.session.compaction import Compaction
@@ -62,7 +62,7 @@ class Run:
         self.compaction.check(self.params, self.tweaks.left_out)
         self.tweaks.meet(optimizers, self.params)
         if resumes:
-            say_resumed(self.recipe, self.given_mask, buffers.read_clock(self.model), clock, self._saved_mask())
+            self._say_resumed(clock)
             fresh = impose(self.model, self.recipe.mask, self.given_mask, self.params)
             with sharding.unsharded(self.model), self.tweaks.quiet():
                 self.wiring.follow(replace(task, params=self.params))
@@ -104,7 +104,7 @@ class Run:
         if not new:
             return []
         if self.saved.has_lengths:
-            say_resumed(self.recipe, self.given_mask, buffers.read_clock(self.model), clock, self._saved_mask())
+            self._say_resumed(clock)
             return []
         longer = replace(self.clock, **new)
         checks.times((self.recipe.mask, *self.tweaks), longer)
@@ -122,9 +122,7 @@ class Run:
         """A clock buffer that somebody else wrote means that a checkpoint was loaded: go on from there."""
         if self.saved.was_loaded:
             if self.saved.step or self.clock.step:  # before the first step a trainer may have written its own time
-                say_resumed(
-                    self.recipe, self.given_mask, buffers.read_clock(self.model), self.clock, self._saved_mask()
-                )
+                self._say_resumed(self.clock)
             self._set(self.saved.load(self.clock))
             impose(self.model, self.recipe.mask, self.given_mask, self.params)
             self._take_saved()
@@ -198,6 +196,11 @@ class Run:
         """See that the mask of a checkpoint connects, or the given one that replaces it."""
         given = self.given_mask is not None and not isinstance(self.recipe.mask, Moving)
         self.wiring.take(self._saved_mask(), "the given mask" if given else "the checkpoint's mask", loaded=True)
+
+    def _say_resumed(self, asked: Clock) -> None:
+        kind = kinds.read(getattr(self.model, kinds.KIND))
+        kinds.check_moving(self.recipe.mask, kind)
+        say_resumed(self.recipe, self.given_mask, buffers.read_clock(self.model), asked, self._saved_mask(), kind)
 
     def _saved_mask(self) -> Mask:
         return Mask(buffers.beside(self.model, self.params))

@@ -88,12 +88,12 @@ def say_begun(
     say(f"recipe {recipe.name}: {source}, {report(weights, tweaks, False, found)}; {kinds}{left}")
 
 
-def say_resumed(recipe: Any, given: Mask | None, saved: Clock | None, asked: Clock, mask: Mask) -> None:
-    """The one line that says what a run takes from a checkpoint."""
+def say_resumed(recipe: Any, given: Mask | None, saved: Clock | None, asked: Clock, mask: Mask, kind: str) -> None:
+    """The one line that says what a run takes from a checkpoint; `kind` is that of the checkpoint's mask."""
     fixed = given is None and not isinstance(recipe.mask, Moving)
-    text, differs = resuming.line(
-        getattr(recipe.mask, "sparsity", None) if fixed else None, saved or asked, asked, mask
-    )
+    sparsity = getattr(recipe.mask, "sparsity", None) if fixed else None
+    other = recipe.mask.kind if fixed and recipe.mask.kind != kind else None
+    text, differs = resuming.line(sparsity, saved or asked, asked, mask, other)
     say(f"recipe {recipe.name}: {text}", logging.WARNING if differs else logging.INFO)
 
 

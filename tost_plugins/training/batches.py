@@ -98,8 +98,8 @@ def pick(batch: Any, index: Sequence[int]) -> Any:
             return part[torch.as_tensor(index, device=part.device)]
         if isinstance(part, PackedSequence):
             raise TostError(
-                "batch: expected samples that can be taken singly, got a PackedSequence; pass padded tensors and their lengths, and "
-                "pack them in the network's forward"
+                "batch: expected samples that can be taken singly, got a PackedSequence; pass padded tensors and their lengths, "
+                "and pack them in the network's forward"
             )
         return [part[i] for i in index] if _counted(part, size, records) else inside(part)
 
