@@ -222,6 +222,19 @@ def test_sam_by_two_calls_is_one_step(mask: str) -> None:
             assert session.clock.step == number and not outside(session)
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_sam_is_none_for_weights_that_never_train(listed: bool) -> None:
+    net = Digits()
+    sam = Sam(sgd(net.parameters()))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    session = Session(net, {"mask": {"kind": "edge_popup", "sparsity": 0.5}, "tweaks": []})
+    with pytest.raises(
+        TostError, match="mask edge_popup: expected one gradient for each step, got Sam, which takes two"
+    ):
+        session.begin([sam] if listed else sam, digits(1), total_steps=STEPS)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
+
+
 class SamByClosure(Sam):
     """The same in one call, which takes the second gradient from the closure."""
 

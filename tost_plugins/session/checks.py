@@ -75,6 +75,15 @@ def gradients(model: nn.Module, optimizers: Optimizers, clock: Clock) -> None:
         )
 
 
+def one_gradient(method: MaskMethod, optimizers: Optimizers) -> None:
+    """Raise TostError where scores are to follow gradients of which the first moves the weights: SAM's, of removed ones too."""
+    if isinstance(method, Scored) and optimizers.climb:
+        raise TostError(
+            f"mask {method.kind}: expected one gradient for each step, got {optimizers.climb[0]}, which takes two and moves "
+            f"weights in between; leave it out, or use a mask under which weights train"
+        )
+
+
 def same_recipe(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise TostError unless a checkpoint's recipe has the mask and tweaks of this one, and trains the same part."""
     differ = [key for key in ("mask", "tweaks", "train") if _lasting(saved.get(key)) != _lasting(own.get(key))]

@@ -49,6 +49,12 @@ class Optimizers:
                 f"`ignore` what none of them trains"
             )
 
+    @property
+    def climb(self) -> list[str]:
+        """Which of them move the weights uphill between two gradients of a step, as SAM's `first_step` does: names of classes."""
+        holders = [*self.inner, *(wrapper for outer in self.outer for wrapper in (outer, *wrappers(outer)))]
+        return [type(each).__name__ for each in holders if callable(getattr(each, "first_step", None))]
+
     def groups(self) -> Iterator[dict[str, Any]]:
         """The parameter groups of them all, wrappers' own too: ZeroRedundancyOptimizer's inner one has one rank's parameters."""
         holders = [*self.inner, *(wrapper for outer in self.outer for wrapper in wrappers(outer))]

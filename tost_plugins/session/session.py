@@ -9,17 +9,16 @@ from torch import Tensor, nn
 
 import tost_plugins  # the front door knows where recipes live; importing them here would be a circle
 from tost_plugins.errors import TostError
-from tost_plugins.masks.base import Moving
 from tost_plugins.masks.mask import Mask
 from tost_plugins.session import averages, buffers, checks
 from tost_plugins.session.active_tweaks import ActiveTweaks
 from tost_plugins.session.drive import Loops, check_stepped
 from tost_plugins.session.link import Link, loaded, session_of
-from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.optimizers import Optimizers
-from tost_plugins.session.report import Report, report
+from tost_plugins.session.report import Report
 from tost_plugins.session.run import Run
 from tost_plugins.session.smoothing import Smoothing
+from tost_plugins.session.told import Told
 from tost_plugins.training import sharding
 from tost_plugins.training.calling import call
 from tost_plugins.training.clock import Clock
@@ -39,7 +38,7 @@ _MAY = {
 }
 
 
-class Session(Loops):
+class Session(Loops, Told):
     """A sparse training run: `attach`, then `start`, `before_step` / `after_step` around every step, then `finish`.
 
     Its `state` is "new", then "attached", "running", "finished"; calls out of order raise TostError. Adapters, `drive` and
@@ -139,6 +138,7 @@ class Session(Loops):
         if self.optimizers is not None:
             self.optimizers.let_be()
         self.optimizers = Optimizers(optimizer, self.run.params)
+        checks.one_gradient(self.recipe.mask, self.optimizers)
         self.optimizers.join(self.tweaks.companions(), self.model)
         self.optimizers.exchange(self.run.exchange)
 
@@ -227,58 +227,6 @@ class Session(Loops):
             raise TostError(f"plain: expected a finished session, got one that is {self.state}; call finish() first")
         return averages.plain(self.model, self.mask, average)
 
-    # ---- what it is
-
-    @property
-    def clock(self) -> Clock:
-        """How far the run is, in optimizer steps."""
-        return self.run.clock
-
-    @property
-    def weights(self) -> MaskedWeights:
-        """The masked weights; raises TostError before `start`."""
-        if self.run.weights is None:
-            raise TostError(f"session.mask: expected a started session, got state {self.state!r}; call start() first")
-        return self.run.weights
-
-    @property
-    def mask(self) -> Mask:
-        """The mask that the run trains with; raises TostError before `start`."""
-        return self.weights.mask
-
-    @property
-    def moving(self) -> Moving | None:
-        """The recipe's mask method, if it moves the mask."""
-        return self.recipe.mask if isinstance(self.recipe.mask, Moving) else None
-
-    @property
-    def left_out(self) -> list[str]:
-        """Tweaks that found nothing to act on, each with the reason."""
-        return self.tweaks.left_out
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether no ghost and no soft activation is at work; take the best checkpoint from such a moment."""
-        return self.state in ("new", "finished") or not self.tweaks.at_work()
-
-    def report(self, rows: bool = True) -> Report:
-        """Sparsity, live weights and parameter counts, per layer with `rows`; raises TostError before `start`."""
-        wiring = self.run.wiring
-        return report(self.weights, self.tweaks, rows, wiring.look(self.mask) if rows else wiring.known)
-
-    def metrics(self) -> dict[str, float]:
-        """What every adapter logs: sparsity, live weights, alpha, beta, the number of active parameters, ghosts included."""
-        found = (
-            None if self.weights.restless else self.run.wiring.known
-        )  # else a resumed run would say more than another
-        numbers = report(self.weights, self.tweaks, False, found).metrics()
-        return numbers | self.weights.metrics() | self.tweaks.metrics()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Primitives only: the recipe, the state and the clock. Masks, alpha and beta are buffers of the model."""
-        clock = [self.clock.step, self.clock.total_steps, self.clock.steps_per_epoch]
-        return {"recipe": self.recipe.to_dict(), "state": self.state, "clock": clock}
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Check that a checkpoint belongs to this recipe, and take over what the model has loaded."""
         checks.same_recipe(tost_plugins.Recipe.from_dict(state["recipe"]).to_dict(), self.recipe.to_dict())
@@ -286,10 +234,6 @@ class Session(Loops):
             self.finish()
         if self.state == "running":
             self.run.notice_loading()
-
-    def saved_step(self) -> int:
-        """The step that the model's own buffer holds: that of a loaded checkpoint; -1 before the first start."""
-        return self.run.saved.step
 
     def _expect(self, call_name: str) -> None:
         if self.state not in _MAY[call_name]:
