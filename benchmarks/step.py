@@ -23,7 +23,7 @@ TITLE = "A training step"
 ABOUT = """
 SGD with momentum on random images; every contender has its own copy of the network and takes one step in each round. "static":
 a random mask of sparsity 0.9. "all tweaks": the same with ghost skips and soft activations at work, and label smoothing (rescaled
-initialisation is over before the first step); "after the ghosts": the same recipe when its schedules have ended. RigL and SET
+initialisation is over before the first step); "after the ghosts": the same recipe when its schedules have ended. RigL, SET and selfish
 move their masks in every step that is timed here; "an update in 100 steps" is that step and 99 of the static mask. "prune" is
 `torch.nn.utils.prune` (the weight is made anew in every forward pass), "parametrize" a module that multiplies weight and mask in
 `torch.nn.utils.parametrize`, "sparsimony" the package of that name (its SET between two updates; `make bench` installs version
@@ -51,6 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "after the ghosts": {"mask": STATIC, "tweaks": tweaks("1ba")},
     "rigl": moving("rigl", every="1ba"),
     "set": moving("set", every="1ba"),
+    "selfish": moving("selfish", every="1ba"),
     "snfs": moving("snfs", every=NEVER),
     "snfs, an update": moving("snfs", every="1ba"),
     "dnw": moving("dnw"),
@@ -59,14 +60,23 @@ RECIPES: dict[str, dict[str, Any]] = {
     "top_kast, a ranking": moving("top_kast", every="1ba"),
     "gradual, over": moving("gradual", until="1ba"),
     "ac_dc, a change": moving("ac_dc", begin="1ba", every="1ba"),
+    "edge_popup": moving("edge_popup"),
 }
 LIMITS = {"static": 1.02, "all tweaks": 1.35, "after the ghosts": 1.03, "dnw": 1.20, "top_kast": 1.20}
-MOVES = ("rigl", "set", "snfs, an update", "top_kast, a ranking", "ac_dc, a change")  # shown as one step of 100
+MOVES = (
+    "rigl",
+    "set",
+    "selfish",
+    "snfs, an update",
+    "top_kast, a ranking",
+    "ac_dc, a change",
+)  # shown as one step of 100
 RATIOS = [
     Ratio("untouched again", "untouched again", "untouched"),
     *(Ratio(name, name, "untouched", most=LIMITS.get(name)) for name in RECIPES if name not in MOVES),
     Ratio("rigl, an update in 100 steps", "rigl", "untouched", most=1.03, share=0.01, rest="static"),
     Ratio("set, an update in 100 steps", "set", "untouched", share=0.01, rest="static"),
+    Ratio("selfish, an update in 100 steps", "selfish", "untouched", share=0.01, rest="static"),
     Ratio("snfs, an update in 100 steps, to static", "snfs, an update", "static", most=1.10, share=0.01, rest="snfs"),
     Ratio(
         "top_kast, a ranking in 100 steps", "top_kast, a ranking", "untouched", most=1.20, share=0.01, rest="top_kast"

@@ -178,11 +178,12 @@ def _row(network: str, mask: Mask, accuracy: float) -> dict[str, Any]:
 def _conclude(job: Job, state: dict[str, Any], mask: Mask) -> dict[str, Any]:
     """The superposed network with statistics of its own, on disk; and what it is worth."""
     job.model.load_state_dict(state)
-    check(mask, followed(Task.of(job.model, job.recipe.mask.ignore, batches=job.loader)))
+    found = check(mask, followed(Task.of(job.model, job.recipe.mask.ignore, batches=job.loader)))
     job.loader.set_epoch(job.epochs)
     update_bn(job.loader.iterate(0), job.model, job.device)
     mask.save(job.out / "mask.safetensors")
     write_tensors(job.out / "model.safetensors", job.model.state_dict())
     row = _row("superposed", mask, job.evaluate(job.model, job.data.test)["accuracy"])
-    write(job.out / "result.json", json.dumps(row, indent=1))
+    live = None if found is None else found.live.kept
+    write(job.out / "result.json", json.dumps({**row, "live": live}, indent=1))
     return row

@@ -6,7 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tost_plugins.files.locks import alone
 from tost_plugins.lab.grid.starts import shuffled, start_with_signs
 from tost_plugins.lab.lottery import lottery
 from tost_plugins.lab.progress import Listener, silent
+from tost_plugins.lab.superpose import Cycles, superpose
 from tost_plugins.lab.train import train
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods.lottery_ticket import LotteryTicket
@@ -31,9 +32,10 @@ class Cell:
 
     `labels` say what it is in the grid's own words, and stand in front of its results; a cell without any is there for
     others only. With a `parent`, a cell that comes before it, the run has that one's final mask, or with `shuffle` a
-    random one with as many weights in each layer; with `constant_sign` its weights start with one magnitude a layer.
-    A recipe with a lottery_ticket is trained round by round. `measure(folder, recipe, **options)` returns rows about
-    the finished run; it is a function of a module, since cells travel to other processes.
+    random one with as many weights in each layer; with `constant_sign` its weights start with one magnitude a layer. A
+    recipe with a lottery_ticket is trained round by round, one with `cycles` as `tost superpose` does. `measure(folder,
+    recipe, **options)` returns rows about the finished run; it is a function of a module, since cells travel to other
+    processes.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Cell:
     parent: str | None = None
     shuffle: bool = False
     constant_sign: bool = False
+    cycles: Cycles | None = None
     measure: Callable[..., list[dict[str, Any]]] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -49,6 +52,7 @@ class Cell:
         """All that its result depends on, in primitives."""
         measure = f"{self.measure.__module__}.{self.measure.__name__}" if self.measure else None
         start = {"parent": self.parent, "shuffle": self.shuffle, "constant_sign": self.constant_sign}
+        start |= {} if self.cycles is None else {"cycles": asdict(self.cycles)}
         described = {"recipe": self.recipe.to_dict(), **start, "measure": measure, "options": self.options}
         return json.loads(json.dumps(described))
 
@@ -65,6 +69,8 @@ def run_cell(cell: Cell, out: Path, listen: Listener = silent) -> Record | None:
         try:
             if isinstance(cell.recipe.mask, LotteryTicket):
                 lottery(cell.recipe, folder, True, watch)
+            elif cell.cycles is not None:
+                superpose(cell.recipe, folder, cell.cycles, True, watch)
             else:
                 train(cell.recipe, folder, True, mask, watch, initial=start_with_signs if cell.constant_sign else None)
             rows = cell.measure(last_run(folder), cell.recipe, **cell.options) if cell.measure else []
