@@ -22,12 +22,13 @@ from tost_plugins.training.params import prunable
 TITLE = "A training step"
 ABOUT = """
 SGD with momentum on random images; every contender has its own copy of the network and takes one step in each round. "static":
-a random mask of sparsity 0.9. "all tweaks": the same with ghost skips and soft activations at work, and label smoothing (rescaled
-initialisation is over before the first step); "after the ghosts": the same recipe when its schedules have ended. RigL, SET and selfish
-move their masks in every step that is timed here; "an update in 100 steps" is that step and 99 of the static mask. "prune" is
-`torch.nn.utils.prune` (the weight is made anew in every forward pass), "parametrize" a module that multiplies weight and mask in
-`torch.nn.utils.parametrize`, "sparsimony" the package of that name (its SET between two updates; `make bench` installs version
-0.1.0 without its dependencies, since it asks for numpy 1). "untouched again" is what the machine does by itself.
+a random mask of sparsity 0.9. "all tweaks": the same with ghost skips and soft activations at work, and label smoothing
+(rescaled initialisation is over before the first step); "after the ghosts": the same recipe when its schedules have ended.
+RigL, SET and selfish move their masks in every step that is timed here; "an update in 100 steps" is that step and 99 of the
+static mask. "prune" is `torch.nn.utils.prune` (the weight is made anew in every forward pass), "parametrize" a module that
+multiplies weight and mask in `torch.nn.utils.parametrize`, "sparsimony" the package of that name (its SET between two updates;
+`make bench` installs version 0.1.0 without its dependencies, since it asks for numpy 1). "untouched again" is what the machine
+does by itself.
 """
 
 SPARSITY = 0.9
@@ -103,8 +104,8 @@ class Case:
         return f"{self.model.rpartition('/')[2]}, {self.batch} images of {self.size} px{layout}"
 
 
-_NEW = ("snfs", "snfs, an update", "top_kast", "top_kast, a ranking", "ac_dc, a change")
-_MORE = ("set", "dnw, frozen", "gradual, over", *_NEW, "clipped", "static, clipped")
+_NEW = ("snfs", "snfs, an update", "top_kast", "top_kast, a ranking", "ac_dc, a change", "edge_popup")
+_MORE = ("set", "selfish", "dnw, frozen", "gradual, over", *_NEW, "clipped", "static, clipped")
 CASES = [
     Case("torchvision/resnet18", 128, 32, _MORE),
     Case("torchvision/resnet18", 128, 32, only=(), channels_last=True),

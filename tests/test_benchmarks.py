@@ -14,6 +14,7 @@ from mask_nets import net
 from torch import Tensor
 
 from tost_plugins import masks
+from tost_plugins.lab.reproduce import runs as reproduce
 from tost_plugins.masks.methods.grasp import Grasp
 from tost_plugins.masks.methods.snip import Snip
 from tost_plugins.training.task import Task
@@ -144,3 +145,38 @@ def test_what_is_run_on_a_gpu_runs_small_anywhere(tmp_path: Path) -> None:
     page = (tmp_path / "gpu.md").read_text()
     assert "| resnet8, 8 images of 16 px, bf16, eager | compact |" in page
     assert "98 %" in page.partition("## Table 2")[2]
+
+
+def test_methods_are_compared_on_the_protocol_of_the_published_tables() -> None:
+    methods = importlib.import_module("methods")
+    args = methods.parser().parse_args(["--protocol", "cpu"])
+    made = [methods.cell(m, s, v, 0, args) for m in methods.METHODS for s in (0.95, 0.98) for v in methods.VARIANTS]
+    assert len({cell.name for cell in made}) == len(made) and args.seeds == 3
+    for cell in made:
+        assert cell.parent is None or cell.parent in {other.name for other in made}
+    kinds = {cell.recipe.mask.kind for cell in made}
+    assert kinds >= {"snfs", "top_kast", "ac_dc", "edge_popup", "dnw", "set", "rigl", "gradual", "lottery_ticket"}
+    rewound = {str(cell.recipe.mask.rewind) for cell in made if cell.recipe.mask.kind == "lottery_ticket"}
+    assert rewound == {"0ba", "learning_rate"} and any(cell.cycles for cell in made)
+    theirs = [cell.recipe for cell in reproduce.cells("table2", "cpu", ["random"], [95], seeds=1)]
+    ours = [
+        cell.recipe for cell in made if cell.labels["method"] == "random, static" and cell.labels["sparsity"] == 0.95
+    ]
+    assert [{**r.to_dict(), "name": "", "source": ""} for r in ours] == [
+        {**r.to_dict(), "name": "", "source": ""} for r in theirs
+    ]
+
+
+def test_the_table_of_methods_is_of_what_is_there() -> None:
+    methods = importlib.import_module("methods")
+    row = {"method": "set", "sparsity": 0.95, "kept": 100, "live": 80}
+    rows = [
+        {**row, "training": "plain", "seed": 0, "test_accuracy": 40.0},
+        {**row, "training": "tost", "seed": 0, "test_accuracy": 43.0},
+        {**row, "training": "plain", "seed": 1, "test_accuracy": 42.0},
+        {**row, "method": "dnw", "training": "plain", "seed": 0, "test_accuracy": 30.0, "live": None},
+    ]
+    assert methods.table(rows)[2:] == [
+        "| 95 % | set | 41.00 (1.41, 2) | 43.00 (0.00, 1) | +3.00 | 100 | 80 |",
+        "| 95 % | dnw | 30.00 (0.00, 1) | - | - | 100 | - |",
+    ]

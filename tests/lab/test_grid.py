@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tost_plugins import Mask, Recipe, TostError
 from tost_plugins.lab import grid
 from tost_plugins.lab.grid.starts import start_with_signs
 from tost_plugins.lab.studies import registry as studies
+from tost_plugins.lab.superpose import Cycles
 from tost_plugins.lab.train import prepare
 from tost_plugins.training.params import prunable
 
@@ -103,6 +105,19 @@ def test_a_ticket_is_found_once_and_then_trained_with_every_tweak(tmp_path: Path
     assert records[0]["folder"].name.startswith("round-") and not records[0]["labels"]
     rows = studies.STUDIES["ablation"].rows(records, "smoke")
     assert [row["training"] for row in rows] == ["plain", "soft_activation", "soft_activation"]
+
+
+def test_cycles_make_one_network_of_the_tickets_of_a_run(tmp_path: Path) -> None:
+    content = {"mask": {"kind": "set", "sparsity": 0.8, "every": "2ba"}, "model": "cifar/resnet8", "duration": "4ep",
+               "data": {"name": "digits", "limit": 96, "batch_size": 32}}  # fmt: skip
+    made = [grid.Cell("sup", Recipe.from_dict(content), {"seed": 0}, cycles=Cycles(count=2, share=0.5))]
+    (record,) = grid.run(made, tmp_path)
+    assert len(list((tmp_path / "sup").glob("ticket-*.pt"))) == 2 and grid.finished(made, tmp_path) == [record]
+    mask = Mask.load(record["folder"] / "mask.safetensors")
+    assert record["result"]["kept_weights"] == mask.kept == round(0.2 * mask.size)
+    assert 0 < record["result"]["live"] <= mask.kept
+    with pytest.raises(TostError, match="got sup of others"):
+        grid.finished([replace(made[0], cycles=Cycles(count=3, share=0.5))], tmp_path)
 
 
 def test_constant_signs_start_a_run(tmp_path: Path) -> None:

@@ -426,6 +426,18 @@ def test_set_moves_at_random() -> None:
     assert other[-1].overlap(masks[-1]) < 0.5
 
 
+@pytest.mark.parametrize("kind", ["set", "selfish", "rigl"])
+def test_gradients_say_nothing_to_a_mask_that_grows_at_random(kind: str) -> None:
+    method: Any = MASKS[kind](sparsity=0.5, every="1ba", drop=0.5)
+    mask, weight = {"w": torch.arange(40) < 20}, {"w": torch.linspace(2, 1, 40) * (torch.arange(40) < 20)}
+    grown = [
+        method.update(mask, weight, {"w": grad}, Clock(1, 10), torch.Generator().manual_seed(3))["w"]
+        for grad in (torch.arange(40.0), torch.arange(40.0).flip(0))
+    ]
+    assert torch.equal(*grown) == (kind != "rigl")
+    assert all(int(new.sum()) == 20 for new in grown) and not torch.equal(grown[0], mask["w"])
+
+
 def test_grown_weights_start_at_zero_with_a_fresh_memory() -> None:
     """Also those that are regrown, and whose old value waits in a copy of somebody's."""
     for optimizer in OPTIMIZERS:
