@@ -21,7 +21,7 @@ test-long: .venv/installed
 
 # The same tests beside the newest torch, Composer's too: it pins an older one, and works here (docs/adapters.md).
 test-newest: .venv-newest/installed
-	$(call PYTEST,timm datasets,.venv-newest) -n $(WORKERS) --dist worksteal
+	PYTHONWARNINGS='ignore:Failed to load image' $(call PYTEST,timm datasets,.venv-newest) -n $(WORKERS) --dist worksteal
 
 # About 50 minutes on 2 cores that do nothing else; `.venv/bin/python benchmarks/run.py PART` measures one part.
 # sparsimony and OpenVINO are contenders where they can be had; the first asks for numpy 1, and works with 2.
