@@ -205,9 +205,10 @@ class TostAlgorithm(Algorithm):
 
     def _fit(self, state: State, logger: Logger) -> None:
         self._start(state, logger, _clock(state, self.session))
-        self._check_clipping(state, self.session.tweaks)
-        if self.session.smoothing.tweak is not None and (twice := self._smoothed_twice(state)) is not None:
-            self.session.smoothing.leave_out(twice, "something else smooths labels")
+        if self.session.state == "running":  # now it is known what rests
+            self._check_clipping(state, self.session.tweaks)
+            if self.session.smoothing.tweak is not None and (twice := self._smoothed_twice(state)) is not None:
+                self.session.smoothing.leave_out(twice, "something else smooths labels")
         smoothing, model = self.session.smoothing, unwrap(state.model)
         if self.session.state == "running" and not self._unfollow:
             self._unfollow = [
@@ -290,8 +291,7 @@ def _clock(state: State, session: Session) -> Clock:
             f"TostAlgorithm: expected max_duration in epochs or batches, since the recipe says {shares[0]!r}, got "
             f"{duration.to_timestring()!r}; write '90ep' or '5000ba', or the recipe's times in 'ba'"
         )
-    scale = scales.get(duration.unit)
-    return Clock(int(state.timestamp.batch), scale and duration.value * scale, per_epoch)
+    return Clock(int(state.timestamp.batch), (scale := scales.get(duration.unit)) and duration.value * scale, per_epoch)
 
 
 # Composer finds required algorithms by name in its own package, and has no other way to register one

@@ -135,7 +135,8 @@ class TostCallback(TrainerCallback, ExportableState):
         how = {"forward": self._forward, "criterion": self._criterion}
         given = self._criterion is not None or self._forward is not call
         session.start(kwargs["optimizer"], loader, clock=clock, **(how if given or own is None else _conventions(own)))
-        _smooth_once(session, args)
+        if session.state == "running":
+            _smooth_once(session, args)
         self._shifts = getattr(trainer, "_loss_shifts_labels", False)
         if trainer is not None and own is None and not self._unfollow:  # an own function is smoothed by `criterion`
             self._unfollow = [functools.partial(setattr, trainer, "compute_loss", trainer.compute_loss)]
