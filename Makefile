@@ -23,9 +23,10 @@ test-long: .venv/installed
 test-newest: .venv-newest/installed
 	$(call PYTEST,composer torchvision timm datasets,.venv-newest) -n $(WORKERS) --dist worksteal
 
-# The site, in site/; a link or an anchor that leads nowhere fails it. Look at it: python3 -m http.server -d site
+# The site, in site/; a link or an anchor that leads nowhere fails it (with --quiet none would: what is not shown is not
+# counted). Look at it: python3 -m http.server -d site
 docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 # About 50 minutes on 2 cores that do nothing else; `.venv/bin/python benchmarks/run.py PART` measures one part.
 # sparsimony and OpenVINO are contenders where they can be had; the first asks for numpy 1, and works with 2.

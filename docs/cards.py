@@ -67,7 +67,7 @@ def allowed(schema: dict[str, Any]) -> str:
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     if "examples" in schema:
-        return "a time: " + ", ".join(f"`{example}`" for example in schema["examples"])
+        return "such as " + ", ".join(f"`{example}`" for example in schema["examples"])
     if schema.get("pattern"):
         return f"`{schema['pattern'].strip('^')}KIND`"
     kind = schema["type"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import cards
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -119,3 +120,9 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
             "## #", "###"
         )
     return re.sub(rf"\]\({up}\.\./(\w+\.?\w*)", lambda link: f"]({up}{TOP.get(link[1], link[1])}", markdown)
+
+
+def on_post_page(output: str, page: Page, **_: object) -> None:
+    """And this with each page's HTML, which is to load nothing from elsewhere."""
+    if found := re.search(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//[^>]*", output):
+        raise PluginError(f"{page.file.src_uri}: expected a page that loads nothing from elsewhere, got {found[0]}")
