@@ -6,7 +6,7 @@ WORKERS ?= 2
 # One thread per process: the workers, and the ranks that some tests start, share the cores.
 PYTEST = OMP_NUM_THREADS=1 TOST_ALLOW_SKIPS="$(1)" $(2)/bin/pytest
 
-.PHONY: demo test test-long test-newest bench lint clean
+.PHONY: demo test test-long test-newest docs bench lint clean
 .NOTPARALLEL:
 
 demo: .venv/installed
@@ -23,6 +23,11 @@ test-long: .venv/installed
 test-newest: .venv-newest/installed
 	PYTHONWARNINGS='ignore:Failed to load image' $(call PYTEST,timm datasets,.venv-newest) -n $(WORKERS) --dist worksteal
 
+# The site, in site/; a link or an anchor that leads nowhere fails it (with --quiet none would: what is not shown is not
+# counted). Look at it: python3 -m http.server -d site
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+
 # About 50 minutes on 2 cores that do nothing else; `.venv/bin/python benchmarks/run.py PART` measures one part.
 # sparsimony and OpenVINO are contenders where they can be had; the first asks for numpy 1, and works with 2.
 bench: .venv/installed
@@ -37,7 +42,7 @@ lint: .venv/installed
 
 # What make made; the results of your own runs (runs/) stay.
 clean:
-	rm -rf .venv .venv-newest demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest demo site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml

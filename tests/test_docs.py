@@ -105,6 +105,7 @@ def test_the_pages_name_every_method_and_tweak() -> None:
 # ---- what the pages point at is there
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TOP = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 
 def anchors(page: str) -> set[str]:
@@ -148,7 +149,7 @@ def lost(text: str, folder: Path) -> list[str]:
     return [*lost_links(text, folder), *lost_paths(text), *lost_names(text)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *TOP], ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_points_at_is_there(page: Path) -> None:
     assert lost(page.read_text(), page.parent) == []
 

@@ -1,12 +1,16 @@
 """What is shipped, and that a test which should run cannot be skipped unseen."""
 
+import ast
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import venv
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -82,6 +86,12 @@ class Environment:
         pip = [sys.executable, "-m", "pip", "--python", folder, "install", "--quiet"]
         output_of(*pip, "--no-index", "--no-deps", wheel, cwd=folder)
 
+    def run(self, command: str, *args: str) -> str:
+        """What one of the environment's own commands prints."""
+        (packages,) = self.folder.glob("lib/python*/site-packages")
+        (packages / "borrowed.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+        return output_of(self.folder / "bin" / command, *args, cwd=self.folder)
+
     def look(self) -> tuple[Path, set[str]]:
         """Where tost_plugins lies, and the recipes that it finds."""
         borrowed = [path for path in sys.path if path.endswith("-packages")]
@@ -106,6 +116,44 @@ def test_wheel_through_sdist(tree: Path, tmp_path: Path) -> None:
     place, recipes = fresh.look()
     assert place.is_relative_to(fresh.folder)
     assert recipes == RECIPES
+
+    short = ("--set", "duration=2ep", "--set", "tweaks.2.iterations=1", "--json")
+    result = json.loads(fresh.run("tost", "train", "quickstart", *short, "--out", "run"))
+    assert (
+        result["trainer"] == "torch"
+        and result["test_accuracy"] > 15
+        and (fresh.folder / "run" / "mask.safetensors").exists()
+    )
+
+
+def test_what_is_imported_is_declared() -> None:
+    """The base installs what the package asks for by itself, and an extra what an adapter or the lab asks for."""
+    import tomllib  # new in Python 3.11
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    base, *extras = (
+        {re.split(r"[\W]", line.replace("-", "_"))[0] for line in lines}
+        for lines in (project["dependencies"], *project["optional-dependencies"].values())
+    )
+    called = {"pyyaml": "yaml", "scikit_learn": "sklearn", "mosaicml": "composer", "pillow": "PIL"}
+    base, all_of_them = ({called.get(name, name) for name in names} for names in (base, base.union(*extras)))
+    python = sys.stdlib_module_names | {"tost_plugins"}
+    for path in [*(ROOT / "tost_plugins").rglob("*.py"), *(ROOT / "adapters").glob("*.py")]:
+        tree = ast.parse(path.read_text("utf-8"))
+        assert imported(ast.walk(tree)) <= all_of_them | python, path
+        at_once, own = imported(tree.body), {"adapters", "loops"} & set(path.parts)  # a trainer's own files need it
+        assert own or at_once <= base | python, path
+
+
+def imported(nodes: Iterable[ast.AST]) -> set[str]:
+    """The packages that these statements import."""
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module))
+    return {name.partition(".")[0] for name in found}
 
 
 def test_editable_installs_of_one_checkout(tree: Path, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class SlicedConvolution(_Sliced):
     """Mixin for a convolution."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
+        """The channels of its part alone; the whole convolution where it has none."""
         if self.tost_slices.part is None:
             return super().forward(input)  # type: ignore[misc]
         weight, bias = self._sliced()
@@ -70,6 +71,7 @@ class SlicedLinear(_Sliced):
     """Mixin for a linear layer."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
+        """The features of its part alone; the whole layer where it has none."""
         if self.tost_slices.part is None:
             return super().forward(input)  # type: ignore[misc]
         return F.linear(input, *self._sliced())
@@ -79,6 +81,7 @@ class SlicedNorm(_Sliced):
     """Mixin for batch norm, whose statistics go on in the whole buffers."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
+        """As the norm, over the channels of its part; statistics of the others go on as if they had been computed."""
         if self.tost_slices.part is None:
             return super().forward(input)  # type: ignore[misc]
         self._check_input_dim(input)
@@ -101,6 +104,7 @@ class SlicedOwnNorm(_Sliced):
     of its tensors."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """A norm's own forward pass, with its tensors cut to the channels of its part meanwhile."""
         kept = self.tost_slices.outputs
         if self.tost_slices.part is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -50,14 +50,17 @@ class Job:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the training images."""
         return len(self.loader)
 
     @property
     def epochs(self) -> int:
+        """Passes that are begun; the last may end in its middle."""
         return math.ceil(self.total_steps / self.steps_per_epoch)
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the trainer's own checkpoints."""
         return self.out / "checkpoints"
 
     def forward(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

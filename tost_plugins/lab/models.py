@@ -138,6 +138,7 @@ class BasicBlock(nn.Module):
         self.act2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Two convolutions, and the shortcut around them."""
         out = self.act1(self.norm1(self.conv1(x)))
         return self.act2(self.norm2(self.conv2(out)) + self.shortcut(x))
 
@@ -162,6 +163,7 @@ class InvertedResidual(nn.Module):
             self.shortcut = nn.Identity() if same else _conv_norm(inputs, outputs, None, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Wider, depthwise, narrow again; with the shortcut where sizes agree."""
         out = self.project(self.depthwise(self.expand(x)))
         return out if self.shortcut is None else out + self.shortcut(x)
 

@@ -110,6 +110,7 @@ def first_weights(path: Path) -> dict[str, Tensor]:
 
 
 def save(path: Path, parts: tuple[Any, ...], step: int) -> None:
+    """Write the state of all parts, the random generators and the step, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"parts": [part.state_dict() for part in parts], "rng": rng.states(), "step": step}
     with replacing(path) as temporary:

@@ -133,7 +133,9 @@ class Averaging(Moving, Protocol):
     """
 
     @property
-    def average_keeps(self) -> float: ...
+    def average_keeps(self) -> float:
+        """From 0, the last gradient alone, to below 1."""
+        ...
 
 
 @runtime_checkable
@@ -144,7 +146,9 @@ class Exploring(Moving, Protocol):
     """
 
     @property
-    def pulls(self) -> tuple[float, float]: ...
+    def pulls(self) -> tuple[float, float]:
+        """(kept weights, those that train out of sight), 0 for not at all."""
+        ...
 
     def trained(self, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Which weights train until the mask moves again, those of the mask among them; name -> bool tensor."""

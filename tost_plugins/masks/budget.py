@@ -26,13 +26,24 @@ class Scored(Protocol):
     """The fields of a method that keeps the weights with the highest scores."""
 
     @property
-    def sparsity(self) -> float: ...
+    def sparsity(self) -> float:
+        """Share of weights that go."""
+        ...
+
     @property
-    def allocation(self) -> Any: ...
+    def allocation(self) -> Any:
+        """How those that stay are shared out."""
+        ...
+
     @property
-    def on_collapse(self) -> OnCollapse: ...
+    def on_collapse(self) -> OnCollapse:
+        """For layers that lose everything."""
+        ...
+
     @property
-    def budget(self) -> Budget: ...
+    def budget(self) -> Budget:
+        """Whether the sparsity counts "kept" or "live" weights."""
+        ...
 
 
 def chosen(scores: Mapping[str, Tensor], method: Scored, task: Task, shares: Allocation | Counts | None = None) -> Mask:

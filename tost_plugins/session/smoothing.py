@@ -114,4 +114,5 @@ class SmoothedLoss(nn.Module):
         self.loss_fn, self.smoothing = loss_fn, smoothing
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss, smoothed where that is right."""
         return self.smoothing.around(self.loss_fn, *args, **kwargs)

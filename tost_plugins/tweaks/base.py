@@ -39,9 +39,10 @@ class Tweak:
     """Settings, and functions of the model. Each step does nothing unless a tweak says otherwise.
 
     Whatever a tweak changes lives in the model, so that a copy or a checkpoint of it is complete, and any instance
-    with the same settings can go on with it. `kind` is its name in recipes and in the registry; `optional` turns
-    "nothing to act on" into a log line; in a run of fewer optimizer steps than `least_steps` it rests, which a log line
-    says (0: never; where the length of a run is not known it acts).
+    with the same settings can go on with it. `kind` is its name in recipes and in the registry.
+
+    Fields: `optional`, whether "nothing to act on" is a log line in place of an error; `least_steps`, in a run of fewer
+    optimizer steps it rests, which a log line says: 0 is never; where the length of a run is not known it acts.
     """
 
     changes_weights = (

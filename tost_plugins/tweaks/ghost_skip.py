@@ -45,6 +45,7 @@ class Holder:
         return Holder, ()  # a copy is empty: after a forward that broke off, tensors are part of a graph
 
     def give(self, x: Tensor, out: Tensor) -> None:
+        """Keep the input of a call that made `out`; of many calls without a norm the oldest goes."""
         self.calls = [*self.calls[1 - _STREAMS :], (out, x)]
 
     def take(self, out: Tensor) -> Tensor | None:
@@ -82,6 +83,7 @@ class Ghost(nn.Module):
         self.to(weight.device, weight.dtype).train(beside.training)
 
     def forward(self, x: Tensor | None, out: Tensor) -> Tensor:
+        """`out` with the branch of `x` on it, or `out` as it is while the ghost is silent."""
         if self.tost_strength.heard and x is not None:
             branch = self.norm(self.conv(_aligned(x, out, self.conv.stride)))
             alpha = self.tost_strength.now(self.alpha)
@@ -109,6 +111,7 @@ class Tap:
     """Mixin for a convolution whose norm adds the ghost."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The convolution, which leaves its input in the holder."""
         if getattr(self, "_is_replica", False):
             raise TostError(
                 "ghost_skip: expected one model per process, got nn.DataParallel, whose threads would mix up the inputs; "
@@ -123,6 +126,7 @@ class AfterNorm:
     """Mixin for the norm behind a tapped convolution."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The norm, then the ghost of the convolution's input."""
         ghost: Ghost = self.ghost_skip  # type: ignore[attr-defined]
         source = ghost.holder.take(_input(args, kwargs))
         return ghost(source, super().forward(*args, **kwargs))  # type: ignore[misc]
@@ -132,6 +136,7 @@ class AroundConv:
     """Mixin for a convolution with no norm behind it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The convolution, with the ghost of its input."""
         return self.ghost_skip(_input(args, kwargs), super().forward(*args, **kwargs))  # type: ignore[misc]
 
 

@@ -98,6 +98,7 @@ def placed(where: str) -> Iterator[None]:
 
 
 def masked(tensor: Tensor, keep: Tensor | None) -> Tensor:
+    """The tensor with 0 where `keep` is 0; as it is without a mask."""
     return tensor if keep is None else tensor * keep
 
 

@@ -41,6 +41,7 @@ class Uphill:
     """Mixin for a layer: in training it computes with its weight plus `tost_perturbation`. The weight itself never changes."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer, with its perturbation on the weight for the length of this call."""
         if not (self.training and self.tost_ascent.live) or self.tost_ascent.quiet:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         weight = self._parameters["weight"]

@@ -76,6 +76,7 @@ class SoftReLU(_Soft):
     """Mixin for nn.ReLU and nn.ReLU6."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
+        """The soft curve at the beta of now, or ReLU itself."""
         if self.tost_strength.heard:
             return self._soft(x, 6.0 if isinstance(self, nn.ReLU6) else None, self.inplace)
         return super().forward(x)  # type: ignore[misc]
@@ -85,6 +86,7 @@ class SoftRoot(_Soft):
     """Mixin for a network, or a part of one, that calls relu as a function somewhere in its forward."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The network, with a soft curve for each relu that its own code calls."""
         if not self.tost_strength.heard:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         with Instead({relu: functools.partial(_stand_in, self, relu) for relu in RELUS}):
@@ -95,6 +97,7 @@ class Spared:
     """Mixin for a part within a SoftRoot whose relus stay what they are: nobody trains it."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The module, whose calls of relu stay what they are."""
         with Instead(_UNSEEN):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
@@ -149,7 +152,8 @@ class SoftActivation(Tweak):
     Acts on nn.ReLU, nn.ReLU6 (which keeps its cap) and on F.relu, torch.relu, Tensor.relu and F.relu6 in the
     network's own forward; in place where they are. `shape: swish` or `mish` is the same curve until the end, then ReLU.
 
-    Fields: `until`, when the activation is exactly ReLU again; `beta`, its ends (0 is x / 2, 1 is swish, above 10 is
+    Fields: `until`, when the activation is exactly ReLU again; `shape`, the curve until then, that of beta or one that
+    stays; `beta`, its ends (0 is x / 2, 1 is swish, above 10 is
     close to ReLU); `schedule`, how beta rises; `layers`, globs of the modules that it acts on: ReLUs, and those that call
     relu as a function.
 

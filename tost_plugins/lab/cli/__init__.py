@@ -24,11 +24,9 @@ app.add_typer(grids.study, name="study")
 
 def main() -> None:
     """Run the command line; a TostError is one line on stderr and exit status 1."""
-    from click.exceptions import Abort
-
     try:
         app()
-    except (KeyboardInterrupt, Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:
         from tost_plugins.errors import TostError

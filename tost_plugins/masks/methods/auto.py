@@ -24,7 +24,8 @@ class Auto:
     Where SynFlow does not fit the network (its inputs are tokens, say) and there are batches, it is SNIP.
 
     Fields: `sparsity`, that of the mask that is found, 0.9 if not given; when it is given the model's zeros are not looked
-    at. `on_collapse`, for layers that lose everything (SynFlow empties the 1x1 shortcuts of many networks).
+    at. `ignore`, globs of layers to leave alone; `on_collapse`, for layers that lose everything (SynFlow empties the 1x1
+    shortcuts of many networks).
     Which of them it was is logged in one line.
 
     Paper: none. Differs from the paper: this choice is ours.

@@ -28,7 +28,8 @@ class EdgePopup:
 
     Fields: `sparsity` in [0, 1), 0 is dense; `weights`, "signed_constant" gives all weights of a layer with n inputs
     of which the share k is kept the size sqrt(2 / (k n)) and the sign that they have, "own" takes them as they are;
-    `learning_rate` of the scores, above 0, which falls with half a cosine to 0 at `until`, when the mask stops moving;
+    `learning_rate` of the scores, above 0, which falls with half a cosine to 0; `until`, when it is 0 and the mask stops
+    moving;
     `momentum` in [0, 1); `weight_decay`, which draws scores to 0, from 0 (not at all); `allocation`, each layer's
     share: "uniform", "er", "erk" or a map, not "global"; `ignore`, globs of layers that train as usual; `on_collapse`,
     for a layer that loses everything. A score starts between 0 and 1 / sqrt(n), at random; those of a given mask's

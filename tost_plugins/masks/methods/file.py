@@ -21,7 +21,7 @@ class File:
     """Read the mask from `path`: our own file, a state dict with `*_mask` entries, a dict of 0/1 tensors,
     or the zeros of a checkpoint (see `Mask.load`).
 
-    Fields: `path`; `ignore`, globs of layers that need no mask; `on_collapse`, for a layer whose weights
+    Fields: `path`, of the file; `ignore`, globs of layers that need no mask; `on_collapse`, for a layer whose weights
     are all removed: an error, or the largest of its weights stays ("keep_one").
 
     Paper: any. Differs from the paper: nothing.
