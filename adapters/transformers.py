@@ -20,12 +20,12 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 from tost_plugins.errors import TostError
 from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe.recipe import Recipe
+from tost_plugins.session.ends import ends, plain_from
 from tost_plugins.session.session import Session, session_of
 from tost_plugins.training.batches import length
 from tost_plugins.training.calling import call, logits_of
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
-from tost_plugins.tweaks import Tweak
 from tost_plugins.tweaks.label_smoothing import check_hard
 
 _WHERE = "Trainer(model=model, callbacks=[TostCallback(...)])"
@@ -141,7 +141,7 @@ class TostCallback(TrainerCallback, ExportableState):
         if trainer is not None and own is None and not self._unfollow:  # an own function is smoothed by `criterion`
             self._unfollow = [functools.partial(setattr, trainer, "compute_loss", trainer.compute_loss)]
             trainer.compute_loss = functools.partial(session.smoothing.around, trainer.compute_loss)
-        self._plain_from = _ends(session, session.recipe.mask, *session.tweaks) if session.state == "running" else 0
+        self._plain_from = plain_from(session)
         if args.load_best_model_at_end and self._plain_from:
             say(f"load_best_model_at_end: the best from step {self._plain_from} on, where the network is the plain one")
 
@@ -205,18 +205,6 @@ def _conventions(own: Callable[..., Tensor]) -> dict[str, Any]:
     }
 
 
-def _ends(session: Session, *parts: Any) -> int:
-    """The step at which the last of these parts of a recipe has come to its end; of tweaks, those that make another network of
-    it, as their metrics tell."""
-    timed = [part for part in parts if getattr(part, "until", None) is not None]
-    seen = [part for part in timed if not isinstance(part, Tweak) or _is_seen(part, session)]
-    return max([part.until.steps(session.clock) for part in seen], default=0)
-
-
-def _is_seen(tweak: Tweak, session: Session) -> bool:
-    return any(name.endswith(("alpha", "active")) for name in tweak.metrics(session.model))
-
-
 def _smooth_once(session: Session, args: Any) -> None:
     """Raise TostError where the Trainer smooths labels too, or leave that to it where ours is optional."""
     if session.smoothing.tweak is not None and args.label_smoothing_factor:
@@ -230,7 +218,7 @@ def _smooth_once(session: Session, args: Any) -> None:
 def _check_checkpoint(session: Session, state: Any) -> None:
     """The Trainer loads weights without being strict: see that what it has loaded is of this recipe, and fits a network
     whose ghosts are gone."""
-    if session.state == "finished" and 0 < state.global_step < _ends(session, *session.tweaks):
+    if session.state == "finished" and 0 < state.global_step < ends(session, *session.tweaks):
         raise TostError(
             f"resume_from_checkpoint: expected one from after the ghosts and soft activations have ended, got step "
             f"{state.global_step} for a model that is finished, where they are gone; make a new {_WHERE} with a new model"

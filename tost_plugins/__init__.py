@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from tost_plugins import masks
     from tost_plugins.adapters.accelerate import TostHook
     from tost_plugins.adapters.composer import TostAlgorithm
+    from tost_plugins.adapters.lightning import TostLightning
     from tost_plugins.adapters.transformers import TostCallback
     from tost_plugins.channels.packed import load_packed
     from tost_plugins.channels.removal import compact
@@ -28,6 +29,7 @@ __all__ = [
     "TostCallback",
     "TostError",
     "TostHook",
+    "TostLightning",
     "compact",
     "load_packed",
     "masks",
@@ -42,6 +44,7 @@ _HOME = {
     "TostCallback": "adapters.transformers",
     "TostError": "errors",
     "TostHook": "adapters.accelerate",
+    "TostLightning": "adapters.lightning",
     "compact": "channels.removal",
     "load_packed": "channels.packed",
 }

@@ -121,7 +121,7 @@ def names(model: nn.Module) -> set[str]:
 
 def known(model: nn.Module) -> set[str]:
     """The names of the buffers that no session has put there; a copy of an attached model has both kinds."""
-    return {name for name in names(model) if not hasattr(model, CLOCK) or not _of_a_session(name)}
+    return {name for name in names(model) if not hasattr(model, CLOCK) or not of_a_session(name)}
 
 
 def beside(model: nn.Module, params: dict[str, nn.Parameter], which: str = MASK) -> dict[str, Tensor]:
@@ -193,7 +193,7 @@ def _accept_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_
         _check_masks(module, state_dict, prefix)
         return
     for name, value in module.state_dict().items():
-        if _of_a_session(name) and name.rpartition(".")[2] not in ("alpha", "tost_beta", "tost_perturbation"):
+        if of_a_session(name) and name.rpartition(".")[2] not in ("alpha", "tost_beta", "tost_perturbation"):
             fixed = name.endswith(FIXED) and is_beside(
                 name
             )  # the weights that are loaded are those of the rest of the run
@@ -249,6 +249,6 @@ def _check_masks(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> 
         )
 
 
-def _of_a_session(name: str) -> bool:
+def of_a_session(name: str) -> bool:
     """Whether an entry of an attached model's state dict is one that the plain network does not have."""
     return is_beside(name) or any(part in f".{name}" for part in (".ghost_skip.", ".tost_"))
