@@ -1,4 +1,4 @@
-"""One recipe, four trainers: the same mask, history and network; and each stops and goes on without a trace."""
+"""One recipe, five trainers: the same mask, history and network; and each stops and goes on without a trace."""
 
 import contextlib
 import importlib.util
@@ -30,6 +30,7 @@ UNFINISHED = {
     "accelerate": "writing/model.safetensors",
     "transformers": "checkpoint-1/model.safetensors",
     "composer": "writing.pt",
+    "lightning": "writing.pt",
 }
 TRAINERS = tuple(UNFINISHED)
 RECIPE = {

@@ -1,4 +1,4 @@
-"""`tost train`: from a recipe to a finished sparse network on disk, under any of the four trainers."""
+"""`tost train`: from a recipe to a finished sparse network on disk, under any of the five trainers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tost_plugins.training.optional import package
 from tost_plugins.training.params import prunable, some
 from tost_plugins.training.task import Task
 
-_PACKAGES = ("tost_plugins", "torch", "torchvision", "mosaicml", "transformers", "accelerate", "datasets", "timm")
+_PACKAGES = ("tost_plugins", "torch", "torchvision", "mosaicml", "transformers", "accelerate", "lightning", "datasets", "timm")
 
 
 def train(

@@ -117,7 +117,7 @@ class Recipe(_Strict):
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     duration: TimeField = Time(10, "ep")
-    trainer: Literal["composer", "transformers", "accelerate", "torch"] = "torch"
+    trainer: Literal["composer", "transformers", "accelerate", "lightning", "torch"] = "torch"
     precision: Literal["fp32", "bf16"] = "fp32"
 
     @classmethod
