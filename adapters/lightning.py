@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -131,7 +132,9 @@ class TostLightning(Callback):
         self._stop()
         self._unfollow.append(follow(session))
         if pl_module.automatic_optimization:
-            self._smooth(pl_module)
+            self._replace(pl_module, "training_step", session.smoothing.around)
+            if getattr(trainer.precision_plugin, "scaler", None) is not None:
+                self._replace(pl_module, "optimizer_step", self._counted)
         self._plain_from = plain_from(session)
         if self._plain_from and any(getattr(each, "monitor", None) for each in trainer.checkpoint_callbacks):
             say(f"ModelCheckpoint: the best from step {self._plain_from} on, where the network is the plain one")
@@ -142,11 +145,6 @@ class TostLightning(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         session = self.session
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        skipped = pl_module.automatic_optimization and session.clock.step < trainer.global_step
-        if skipped and scaler is not None and session.state == "running":
-            session.before_step(check_finite=False)
-            session.after_step(trainer.global_step)
         if session.clock.step <= self._plain_from:
             _forget_best(trainer)
         if trainer.loggers:
@@ -192,7 +190,8 @@ class TostLightning(Callback):
             )
         session = Session(module, self.recipe, self._mask)
         session.smoothing.remedy = "make the training loss with callback.criterion(loss_fn) in training_step"
-        self._session = session.attach()
+        with _as_written(module):
+            self._session = session.attach()
 
     def _go_last(self, trainer: Any) -> None:
         """Move behind all callbacks but those that write checkpoints: others put averages into the network when training ends,
@@ -264,17 +263,26 @@ class TostLightning(Callback):
             step = max(self.session.saved_step(), 0)
         return Clock(step, total if self._total is None else self._total, per_epoch)
 
-    def _smooth(self, module: Any) -> None:
-        own, smoothing = module.training_step, self.session.smoothing
+    def _counted(self, step: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Lightning counts a step that a loss scaler skips: so does the session, and a move of the mask is left out."""
+        session, before = self.session, self.session.clock.step
+        step(*args, **kwargs)
+        if session.state == "running" and session.clock.step == before:
+            session.before_step(check_finite=False)
+            session.after_step(before + 1)
 
-        @functools.wraps(own)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            return smoothing.around(own, *args, **kwargs)
+    def _replace(self, module: Any, name: str, call: Callable[..., Any]) -> None:
+        """Have `call(method, ...)` stand in for a method of the module while it trains; a function, since a copy of the module is
+        to leave us alone."""
+        method, own = getattr(module, name), vars(module).get(name)
 
-        kept = vars(module).get("training_step")  # a compiled one
-        module.training_step = training_step
-        back = functools.partial(setattr, module, "training_step", kept)
-        self._unfollow.append(functools.partial(vars(module).pop, "training_step") if kept is None else back)
+        @functools.wraps(method)
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            return call(method, *args, **kwargs)
+
+        setattr(module, name, stand_in)
+        back = functools.partial(setattr, module, name, own)
+        self._unfollow.append(functools.partial(vars(module).pop, name, None) if own is None else back)
 
     def _averages(self, trainer: Any) -> bool:
         return any(_is_a(other, *_AVERAGES) for other in trainer.callbacks)
@@ -305,6 +313,17 @@ class _Batches:
     def __iter__(self) -> Iterator[Any]:
         for batch, *_ in self.loader:
             yield self.place(batch)
+
+
+@contextlib.contextmanager
+def _as_written(module: Any) -> Iterator[None]:
+    """Within: a compiled module's own forward, which can be followed."""
+    compiled = vars(module).pop("forward", None) if getattr(module, "_compiler_ctx", None) else None
+    try:
+        yield
+    finally:
+        if compiled is not None:
+            module.forward = compiled
 
 
 def _is_a(thing: Any, *names: str) -> bool:

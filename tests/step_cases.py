@@ -1,4 +1,4 @@
-"""The same ten steps in four real trainers, with what people put around a step: clipping, micro-batches, precision."""
+"""The same ten steps in five real trainers, with what people put around a step: clipping, micro-batches, precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tost_plugins import Session
 
-TRAINERS = ("torch", "accelerate", "transformers", "composer")
+TRAINERS = ("torch", "accelerate", "transformers", "composer", "lightning")
 SIZE = 8  # samples of a step
 Look = Callable[[int, Session], None]
 
@@ -255,4 +255,54 @@ def _composer(net: nn.Module, around: Around) -> Session:
     return tost.session
 
 
-_RUN = {"torch": _torch, "accelerate": _accelerate, "transformers": _transformers, "composer": _composer}
+def _lightning(net: nn.Module, around: Around) -> Session:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.plugins import MixedPrecision
+
+    from tost_plugins import TostLightning
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = Overflowing(net, around) if around.overflows else net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return around.logits(self.module(x))
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return around.optimizer(self.parameters())
+
+    class Each(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            if (index + 1) % around.parts == 0:
+                around.look((index + 1) // around.parts, tost.session)
+
+    class Scaled(MixedPrecision):
+        """A loss scaler alone, on the CPU too."""
+
+        def forward_context(self) -> Any:
+            return contextlib.nullcontext()
+
+    tost, module = TostLightning(around.recipe), Module()
+    cast: dict[str, Any] = {"precision": "16-mixed" if around.gpu else "bf16-mixed" if around.bf16 else "32-true"}
+    if around.scaled and not around.gpu:
+        cast = {"plugins": [Scaled("16-mixed", "cpu", around.scaler())]}
+    trainer = Trainer(
+        accelerator="gpu" if around.gpu else "cpu", devices=1, max_epochs=1, max_steps=around.steps, callbacks=[Each(), tost],
+        accumulate_grad_batches=around.parts, gradient_clip_val=around.clip or None, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **cast,
+    )  # fmt: skip
+    trainer.fit(torch.compile(module, backend=around.backend) if around.backend else module, around.loader())
+    return tost.session
+
+
+_RUN = {
+    "torch": _torch,
+    "accelerate": _accelerate,
+    "transformers": _transformers,
+    "composer": _composer,
+    "lightning": _lightning,
+}
