@@ -161,6 +161,9 @@ class TostLightning(Callback):
                 session.after_step(session.clock.step)
             check_stepped(session)
             session.finish()
+            for each in trainer.callbacks:
+                if _is_a(each, "WeightAveraging"):
+                    each._average_model = None  # it has ghosts; the module holds the average now
         self._stop()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
