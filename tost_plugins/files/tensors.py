@@ -46,9 +46,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def flatten(content: object, path: Path | str) -> dict[str, Tensor]:
     """The state dict inside a loaded checkpoint: `state_dict`, `model`, `state` and the like are opened. What TostLightning has
     put beside it, under `tost`, is part of it."""
-    aside = content.get("tost") if isinstance(content, Mapping) else None
-    if isinstance(aside, Mapping) and all(isinstance(content.get(key), Mapping) for key in ("state_dict", "callbacks")):
-        content = {**content["state_dict"], **aside.get("state_dict", {})}
+    if isinstance(content, Mapping) and isinstance(aside := content.get("tost"), Mapping) and "state_dict" in aside:
+        content = {**content["state_dict"], **aside["state_dict"]}
     for _ in range(4):  # a dict may hold itself
         inner = content if isinstance(content, Mapping) else {}
         keys = ("state_dict", "state", "model", "model_state_dict", "net")

@@ -33,7 +33,17 @@ from tost_plugins.training.optional import package
 from tost_plugins.training.params import prunable, some
 from tost_plugins.training.task import Task
 
-_PACKAGES = ("tost_plugins", "torch", "torchvision", "mosaicml", "transformers", "accelerate", "lightning", "datasets", "timm")
+_PACKAGES = (
+    "tost_plugins",
+    "torch",
+    "torchvision",
+    "mosaicml",
+    "transformers",
+    "accelerate",
+    "lightning",
+    "datasets",
+    "timm",
+)
 
 
 def train(

@@ -11,7 +11,7 @@ def ends(session: Any, *parts: Any) -> int:
     """The step at which the last of these parts of a recipe has come to its end; of tweaks, those that make another network of
     it, as their metrics tell."""
     timed = [part for part in parts if getattr(part, "until", None) is not None]
-    seen = [part for part in timed if not isinstance(part, Tweak) or _is_seen(part, session)]
+    seen: list[Any] = [part for part in timed if not isinstance(part, Tweak) or _is_seen(part, session)]
     return max([part.until.steps(session.clock) for part in seen], default=0)
 
 
