@@ -12,6 +12,7 @@ from torch import Tensor
 from tost_plugins.errors import TostError
 from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe.recipe import Recipe
+from tost_plugins.session import averages
 from tost_plugins.session.aside import put_aside, put_back
 from tost_plugins.session.drive import check_stepped, follow
 from tost_plugins.session.ends import plain_from
@@ -20,7 +21,7 @@ from tost_plugins.session.steps import around
 from tost_plugins.training.calling import call
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
-from tost_plugins.training.params import prunable, some
+from tost_plugins.training.params import is_layer, some
 
 try:
     from lightning.pytorch import Callback
@@ -61,6 +62,7 @@ class TostLightning(Callback):  # type: ignore[misc]
         self._mask = overrides.pop("mask") if isinstance(overrides.get("mask"), Mask) else None
         self.recipe = Recipe.of(recipe, **overrides)
         self._session: Session | None = None
+        self._there: set[str] = set()  # the names of all modules at attach
         self._plain_from = 0  # the step from which on the network is the plain one
         self._unfollow: list[Callable[[], None]] = []  # what ends the care for a loop's steps and its loss
         self._undo: list[Callable[[], None]] = []  # what undoes `setup`
@@ -105,11 +107,11 @@ class TostLightning(Callback):  # type: ignore[misc]
         self._go_last(trainer)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        session, now = self.session, prunable(pl_module, self.recipe.mask.ignore)
-        if session.state == "attached" and (late := [name for name in now if name not in (session.run.layers or ())]):
+        late = [name for name, part in pl_module.named_modules() if name not in self._there and is_layer(part)]
+        if late and self.session.state == "attached":
+            where = "in the module's __init__, where setup and configure_model make them too late"
             raise TostError(
-                f"TostLightning: expected all layers before the callbacks' setup, got {some(late)} later; make them in the "
-                f"module's __init__, where setup and configure_model make them too late"
+                f"TostLightning: expected all layers before setup, got {some(late)} later; make them {where}"
             )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -117,6 +119,8 @@ class TostLightning(Callback):  # type: ignore[misc]
         clock, forward, criterion = self._clock(trainer, pl_module), self._forward, self._criterion
         session.start(trainer.optimizers, _Batches(trainer), clock=clock, forward=forward, criterion=criterion)
         _run_all(self._unfollow)
+        for each in filter(lambda each: _is_a(each, "WeightAveraging"), trainer.callbacks):
+            averages.with_bools(each._average_model)
         self._unfollow.append(follow(session))  # behind Lightning's clipping; its own hook comes ahead of that
         if pl_module.automatic_optimization:
             self._unfollow.append(around(pl_module, "training_step", session.smoothing.around))
@@ -150,9 +154,8 @@ class TostLightning(Callback):  # type: ignore[misc]
                 session.after_step(session.clock.step)
             check_stepped(session)
             session.finish()
-            for each in trainer.callbacks:
-                if _is_a(each, "WeightAveraging"):
-                    each._average_model = None  # it has ghosts; the module holds the average now
+            for each in filter(lambda each: _is_a(each, "WeightAveraging"), trainer.callbacks):
+                each._average_model = None  # it has ghosts; the module holds the average now
         _run_all(self._unfollow)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -169,22 +172,21 @@ class TostLightning(Callback):  # type: ignore[misc]
             session.finish()
         _run_all(self._undo)
 
-    # ---- what they do
-
     def _attach(self, trainer: Any, module: Any) -> None:
-        averages = _averages(trainer.callbacks[: trainer.callbacks.index(self)])
-        if averages:
+        if found := _averages(trainer.callbacks[: trainer.callbacks.index(self)]):
             raise TostError(
-                f"TostLightning: expected to be in front of what averages the weights, got {averages[0]} in front, which copies "
-                f"the module before we attach to it; write callbacks=[TostLightning(...), {averages[0]}(...)]"
+                f"TostLightning: expected to be in front of what averages the weights, got {found[0]} in front, which copies "
+                f"the module before we attach to it; write callbacks=[TostLightning(...), {found[0]}(...)]"
             )
         session = Session(module, self.recipe, self._mask)
         session.smoothing.remedy = "make the training loss with callback.criterion(loss_fn) in training_step"
-        compiled = vars(module).pop("forward", None) if getattr(module, "_compiler_ctx", None) else None
+        names = ("_compiled_call_impl", *(("forward",) if getattr(module, "_compiler_ctx", None) else ()))
+        compiled = {name: vars(module).pop(name) for name in names if name in vars(module)}
         try:
             self._session = session.attach()  # follows the forward pass as it was written
+            self._there = {name for name, _ in module.named_modules()}
         finally:
-            vars(module).update({} if compiled is None else {"forward": compiled})
+            vars(module).update(compiled)
 
     def _go_last(self, trainer: Any) -> None:
         """Move behind all callbacks but those that write checkpoints: others put averages into the network when training ends,
@@ -205,10 +207,8 @@ class TostLightning(Callback):  # type: ignore[misc]
         plain = session is None or session.model is not module or session.state == "finished"
         put_back(checkpoint, plain)
         if fits and not plain and saved is None:
-            raise TostError(
-                "ckpt_path: expected a checkpoint of a run with TostLightning, got one without; load its weights into the "
-                "module and start a new run"
-            )
+            remedy = "load its weights into the module and start a new run"
+            raise TostError(f"ckpt_path: expected a checkpoint of a run with TostLightning, got one without; {remedy}")
         if saved is not None and session is not None and not plain:
             session.load_state_dict(saved)
         load(checkpoint)

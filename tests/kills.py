@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 
 from tost_plugins.lab import cli
 
-TRAINERS = ("torch", "composer", "transformers", "accelerate")
+TRAINERS = ("torch", "composer", "transformers", "accelerate", "lightning")
 HOW = ("time", "checkpoint", "file")
 TWEAKS = [
     {"kind": "ghost_skip", "until": "0.4dur"},

@@ -61,9 +61,9 @@ class Seen:
 
 def run(trainer: str, folder: Path, second: bool) -> dict[str, Any]:
     """The first half of a run, which leaves a checkpoint in the folder, or the second."""
-    return {"torch": _torch, "accelerate": _accelerate, "transformers": _transformers, "composer": _composer}[trainer](
-        folder, second
-    )
+    runs = {"torch": _torch, "accelerate": _accelerate, "transformers": _transformers, "composer": _composer,
+            "lightning": _lightning}  # fmt: skip
+    return runs[trainer](folder, second)
 
 
 def _torch(folder: Path, second: bool) -> dict[str, Any]:
@@ -170,3 +170,36 @@ def _composer(folder: Path, second: bool) -> dict[str, Any]:
     trainer.fit()
     trainer.close()
     return seen.end(algorithm.session, net)
+
+
+def _lightning(folder: Path, second: bool) -> dict[str, Any]:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    from tost_plugins import TostLightning
+
+    tost, seen, net = TostLightning(RECIPE, total_steps=STEPS), Seen(), Net()
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = net
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return F.cross_entropy(self.module(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            seen.step(tost.session)
+            if trainer.global_step == MIDDLE and not second:
+                trainer.save_checkpoint(folder / "middle.ckpt")
+                trainer.fit_loop.epoch_loop.max_steps = MIDDLE
+
+    trainer = Trainer(
+        max_epochs=-1, max_steps=STEPS, callbacks=[Watch(), tost], accelerator="cpu", devices=max(1, ranks.world()), logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Module(), DataLoader(samples(), 8), ckpt_path=folder / "middle.ckpt" if second else None)
+    return seen.end(tost.session, net)

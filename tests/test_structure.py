@@ -20,6 +20,8 @@ OUTSIDE = {
     "composer",
     "transformers",
     "accelerate",
+    "lightning",
+    "pytorch_lightning",
     "datasets",
     "torchvision",
     "timm",

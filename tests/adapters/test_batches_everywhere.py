@@ -112,7 +112,34 @@ def composer(net: nn.Module, how: dict[str, Any], folder: Path) -> Mask:
     return Mask({name.removeprefix("net."): mask for name, mask in tost.session.mask.items()})
 
 
-TRAINERS: list[Callable[..., Mask]] = [loop, accelerate, transformers, composer]
+def lightning(net: nn.Module, how: dict[str, Any], folder: Path) -> Mask:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from tost_plugins import TostLightning
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = net
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+            return self.module(x, labels)
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return self(**batch)["loss"]
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    tost = TostLightning(RECIPE, **how)
+    trainer = Trainer(max_epochs=1, max_steps=STEPS, callbacks=[tost], accelerator="cpu", logger=False, enable_progress_bar=False,
+                      enable_checkpointing=False, enable_model_summary=False)  # fmt: skip
+    trainer.fit(Module(), DataLoader(Stream(), 8))
+    assert trainer.global_step == STEPS
+    return tost.session.mask
+
+
+TRAINERS: list[Callable[..., Mask]] = [loop, accelerate, transformers, lightning, composer]
 
 
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
@@ -122,7 +149,7 @@ def test_streams_train_to_their_end(trainer: Callable[..., Mask], tmp_path: Path
     assert trainer(Net(), {}, tmp_path) == masks.find(Net(), "snip", 0.5, DataLoader(Stream(), 8))
 
 
-@pytest.mark.parametrize("trainer", TRAINERS[:3], ids=lambda trainer: trainer.__name__)
+@pytest.mark.parametrize("trainer", TRAINERS[:4], ids=lambda trainer: trainer.__name__)
 def test_a_forward_and_a_loss_of_ones_own(trainer: Callable[..., Mask], tmp_path: Path) -> None:
     if trainer is not loop:
         pytest.importorskip(trainer.__name__)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tost_plugins import Mask
 from tost_plugins.lab import models
 
-TRAINERS = [name for name in ("torch", "composer", "transformers", "accelerate")
+TRAINERS = [name for name in ("torch", "composer", "transformers", "accelerate", "lightning")
             if name == "torch" or importlib.util.find_spec(name)]  # fmt: skip
 SHORT = {"data.limit": 192, "data.validation": 64, "data.batch_size": 64, "duration": "5ba", "model": "cifar/resnet20",
          "tweaks.2.iterations": 1}  # fmt: skip

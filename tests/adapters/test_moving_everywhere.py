@@ -1,4 +1,4 @@
-"""Masks that move, four trainers: the same history of masks and the same network, also after a stop at any step."""
+"""Masks that move, five trainers: the same history of masks and the same network, also after a stop at any step."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from tost_plugins.recipe.recipe import Recipe
 from tost_plugins.session.buffers import beside
 from tost_plugins.training.params import prunable
 
-TRAINERS = ("torch", "accelerate", "transformers", "composer")
+TRAINERS = ("torch", "accelerate", "transformers", "composer", "lightning")
 CASES = {**MOVING, "dnw_frozen": {**MOVING["dnw_frozen"], "freeze": "1ep"}}
 TWEAKS = [{"kind": "ghost_skip", "until": "4ba"}, {"kind": "soft_activation", "until": "7ba"}, "label_smoothing"]
 #: Metrics of the last step, the history of masks, the weights.

@@ -1,4 +1,4 @@
-"""`train: norms` under the four trainers: the same network, nothing but the norms moved, also after a stop."""
+"""`train: norms` under the five trainers: the same network, nothing but the norms moved, also after a stop."""
 
 import signal
 from pathlib import Path
@@ -46,7 +46,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     return ends("torch", tmp_path_factory.mktemp("torch") / "run")
 
 
-@pytest.mark.parametrize("trainer", ["torch", "composer", "transformers", "accelerate"])
+@pytest.mark.parametrize("trainer", ["torch", "composer", "transformers", "accelerate", "lightning"])
 def test_every_trainer_moves_the_norms_alone(plain: dict[str, Tensor], tmp_path: Path, trainer: str) -> None:
     if trainer != "torch":
         pytest.importorskip(trainer)

@@ -171,12 +171,12 @@ def test_masks_in_every_type_of_number(tmp_path: Path) -> None:
         assert Mask.load(tmp_path / "m.pt")["w"].tolist() == [True, False]
 
 
-@pytest.mark.parametrize("trainer", ["torch", "composer", "transformers", "accelerate"])
+@pytest.mark.parametrize("trainer", ["torch", "composer", "lightning", "transformers", "accelerate"])
 def test_a_run_from_a_stranger_is_not_resumed_by_running_its_code(trainer: str, tmp_path: Path) -> None:
-    if trainer == "composer":
-        pytest.importorskip("composer")
+    if trainer in ("composer", "lightning"):
+        pytest.importorskip(trainer)
     pytest.importorskip("sklearn")
-    files = {"torch": "last.pt", "composer": "last.pt", "transformers": "checkpoint-1/optimizer.pt",
+    files = {"torch": "last.pt", "composer": "last.pt", "lightning": "last.pt", "transformers": "checkpoint-1/optimizer.pt",
              "accelerate": "step-1/custom_checkpoint_0.pkl"}  # fmt: skip
     recipe = Recipe.of({**PLAIN, "trainer": trainer, "model": "cifar/resnet8", "duration": "1ep"})
     file = tmp_path / "run" / "checkpoints" / files[trainer]

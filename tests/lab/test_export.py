@@ -20,7 +20,8 @@ RECIPE = {
     "tweaks": [{"kind": "ghost_skip", "until": "2ba"}, {"kind": "soft_activation", "until": "3ba"}],
     "model": "cifar/resnet8", "data": {"limit": 96, "batch_size": 32}, "duration": "2ep",
 }  # fmt: skip
-FRAMEWORK = {"torch": None, "composer": "composer", "transformers": "transformers", "accelerate": "accelerate"}
+FRAMEWORK = {"torch": None, "composer": "composer", "transformers": "transformers", "accelerate": "accelerate",
+             "lightning": "lightning"}  # fmt: skip
 
 
 def attached_after(steps: int) -> torch.nn.Module:

@@ -33,7 +33,7 @@ from tost_plugins.session.session import session_of
 from tost_plugins.training.params import clean_name, prunable
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAINERS = ("torch", "composer", "transformers", "accelerate")
+TRAINERS = ("torch", "composer", "transformers", "accelerate", "lightning")
 #: Two epochs of 3 steps in each of 3 rounds; the rewind is to the middle of an epoch.
 STEPS, REWIND, ROUNDS = 6, 2, 3
 TICKET = {"kind": "lottery_ticket", "sparsity": 0.7, "prune": 0.5, "rewind": f"{REWIND}ba"}
@@ -547,7 +547,32 @@ def with_accelerate(model: nn.Module, mask: Mask, data: Any, folder: Path) -> No
     tost.finish()
 
 
-WITH = {"composer": with_composer, "transformers": with_transformers, "accelerate": with_accelerate}
+def with_lightning(model: nn.Module, mask: Mask, data: Any, folder: Path) -> None:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from tost_plugins import TostLightning
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = model
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return self.module(*batch)["loss"]
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+    Trainer(max_epochs=1, callbacks=[TostLightning(mask=mask, tweaks=[])], accelerator="cpu", logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False).fit(Module(), data)  # fmt: skip
+
+
+WITH = {
+    "composer": with_composer,
+    "transformers": with_transformers,
+    "accelerate": with_accelerate,
+    "lightning": with_lightning,
+}
 
 
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

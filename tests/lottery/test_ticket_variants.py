@@ -19,7 +19,7 @@ from tost_plugins.recipe.recipe import Recipe
 from tost_plugins.session.session import session_of
 from tost_plugins.training.params import prunable
 
-TRAINERS = ("torch", "composer", "transformers", "accelerate")
+TRAINERS = ("torch", "composer", "transformers", "accelerate", "lightning")
 RECIPE: dict[str, Any] = {
     "name": "variants",
     "mask": {"kind": "lottery_ticket", "sparsity": 0.6, "prune": 0.4},
@@ -141,6 +141,7 @@ def starts(spec: Recipe, out: Path) -> list[dict[str, Tensor]]:
         ("new", "composer"),
         ("new", "transformers"),
         ("new", "accelerate"),
+        ("new", "lightning"),
     ],
 )
 def test_what_kept_weights_start_from(tmp_path: Path, weights: str, trainer: str) -> None:

@@ -17,7 +17,7 @@ ALPHAS = [1 - step / 5 for step in range(1, STEPS)] + [0.0]  # after each step: 
 
 @pytest.mark.parametrize(
     "trainers",
-    [("torch", "accelerate"), pytest.param(("transformers", "composer"), marks=pytest.mark.long)],
+    [("torch", "accelerate"), pytest.param(("transformers", "composer", "lightning"), marks=pytest.mark.long)],
     ids="-".join,
 )
 def test_one_rank_goes_on_as_two_and_two_as_one(tmp_path: Path, trainers: tuple[str, ...]) -> None:

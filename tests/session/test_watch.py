@@ -58,7 +58,7 @@ def test_a_run_that_is_not_watched_trains_the_same(plain: Path, tmp_path: Path) 
     assert not (tmp_path / "run/watch").exists()
 
 
-@pytest.mark.parametrize("trainer", ["accelerate", "transformers", "composer"])
+@pytest.mark.parametrize("trainer", ["accelerate", "transformers", "composer", "lightning"])
 def test_every_trainer_sees_the_same(trainer: str, plain: Path, tmp_path: Path) -> None:
     pytest.importorskip(trainer)
     train(Recipe.from_dict(BASE | {"watch": {"measures": CHEAP, "every": "2ba"}, "trainer": trainer}), tmp_path / "run")

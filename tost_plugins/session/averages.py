@@ -1,11 +1,12 @@
-"""Averaged weights (EMA, SWA) -> the plain sparse network."""
+"""Averaged weights (EMA, SWA): what averages a network with a session, and the plain sparse network of it."""
 
 from __future__ import annotations
 
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from tost_plugins.errors import TostError
 from tost_plugins.masks.mask import Mask
@@ -29,3 +30,13 @@ def plain(model: nn.Module, mask: Mask, average: nn.Module) -> nn.Module:
         value.copy_(found[clean_name(name)])
     mask.apply_({clean_name(name): param for name, param in network.named_parameters(remove_duplicate=False)})
     return network
+
+
+def with_bools(average: AveragedModel) -> None:
+    """Let torch's own mean of parameters and buffers, which cannot subtract bools, take masks as they are."""
+    if average.use_buffers and average.avg_fn is None and average.multi_avg_fn is None:
+        average.avg_fn = _mean
+
+
+def _mean(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+    return current if current.dtype == torch.bool else averaged + (current - averaged) / (count + 1)
