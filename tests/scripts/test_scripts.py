@@ -137,6 +137,21 @@ def look_at_accelerate(folder: Path, found: Found) -> None:
     assert found["resumed"][0]["after"] == found["tost"][0]["after"]
 
 
+def lightning_also(folder: Path) -> dict[str, Any]:
+    return {"resumed": (1, ["--tost", DEFAULT, "--ckpt_path", str(folder / "tost" / "last.ckpt"), "--epochs=4"])}
+
+
+def look_at_lightning(folder: Path, found: Found) -> None:
+    """A module of its own loads the checkpoints; a longer run goes on from the last."""
+    for name in ("tost", "moving"):
+        state = torch.load(folder / name / "last.ckpt", weights_only=True)["state_dict"]
+        assert [*state] == found["plain"][0]["keys"] and all(
+            map(torch.equal, state.values(), saved(folder / name).values())
+        )
+    (resumed,), (line,) = found["resumed"], found["tost"]
+    assert resumed["steps"] == line["steps"] // 3 and resumed["zeros"] == line["zeros"]
+
+
 def static_graph(folder: Path) -> dict[str, Any]:
     line = ["--gradient_accumulation_steps=1", "--tost", DEFAULT]  # torch takes no steps apart under a static graph
     return {"no static graph": (2, line), "static graph": (2, [*line, "--ddp_static_graph"])}
@@ -203,6 +218,7 @@ SCRIPTS = {
         look=look_at_hf,
     ),
     "language_model": Script(needs=("transformers", "accelerate"), also=static_graph, look=look_at_static_graph),
+    "lightning_vision": Script(needs=("lightning",), also=lightning_also, look=look_at_lightning),
     "recurrent_model": Script(look=look_at_recurrent),
     "regression": Script(look=look_at_regression),
     "segmentation": Script(),
