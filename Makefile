@@ -54,7 +54,7 @@ clean:
 # where their compiled half does not fit, as beside a torch without CUDA; 0.16.2 can, and has what mosaicml asks of it.
 .venv-newest/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install --quiet torch==2.13.0 --editable '.[transformers,accelerate,test]' \
+	.venv-newest/bin/pip install --quiet torch==2.13.0 --editable '.[transformers,accelerate,lightning,test]' \
 		'mosaicml-cli>=0.5.25,<0.8' 'torchmetrics>=1.0,<1.7.5' 'torch_optimizer>=0.3,<0.4' 'coolname<3' 'importlib-metadata<9' \
 		'psutil<8' 'py-cpuinfo<10' 'requests<3' 'tabulate==0.9.0'
 	.venv-newest/bin/pip install --quiet --no-deps mosaicml==0.32.1 torchvision==0.16.2

@@ -1,4 +1,4 @@
-"""`tost lottery`: the rounds of a lottery ticket, each a run of the recipe, under any of the four trainers."""
+"""`tost lottery`: the rounds of a lottery ticket, each a run of the recipe, under any of the five trainers."""
 
 from __future__ import annotations
 
