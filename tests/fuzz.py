@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from tost_plugins import Mask, Recipe, TostError, load_packed
-from tost_plugins.channels.packed import FORMAT, checksum, save_packed
+from tost_plugins.files.packed import FORMAT, checksum, save_packed
 from tost_plugins.lab.export import export
 from tost_plugins.recipe.recipe import shipped
 

@@ -218,7 +218,9 @@ def test_files_without_a_mask(tmp_path: Path, content: object, message: str) -> 
 
 
 def test_a_missing_file_and_a_text_file(tmp_path: Path) -> None:
-    with pytest.raises(TostError, match="expected an existing file, got none; check the path"):
+    with pytest.raises(
+        TostError, match="expected an existing file, or a folder with weights, got none; check the path"
+    ):
         Mask.load(tmp_path / "nowhere.pt")
     (tmp_path / "notes.txt").write_text("not a mask")
     with pytest.raises(TostError, match=r"notes\.txt: expected"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,8 +13,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tost_plugins.errors import TostError
+from tost_plugins.files import packed
 from tost_plugins.files.atomic import replacing
-from tost_plugins.files.tensors import by_clean_name, comparable, read_tensors
+from tost_plugins.files.containers import read
+from tost_plugins.files.renamed import names_beside, renamed
+from tost_plugins.files.tensors import by_clean_name, comparable
+from tost_plugins.masks.layouts import mask_of, only_0_and_1
 from tost_plugins.training.params import some
 from tost_plugins.training.sharding import whole
 
@@ -51,30 +54,38 @@ class Mask(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
-        """Read any mask: our safetensors file, a state dict with `*_mask` entries, a plain dict of 0/1 tensors,
-        or the zeros of a checkpoint (safetensors or torch.save; nested `state_dict`, `model`, `state` are searched).
+        """Read any mask, from a file or a folder of any kind that docs/formats.md names: our own file, masks beside their
+        weights, a dict of 0/1 tensors, or the zeros of a checkpoint.
 
-        Raises TostError when the file is missing, torn, not plain tensors, or holds no mask.
+        Of a folder that transformers has written names are the network's own, also where those in the file are others.
+        Raises TostError when there is nothing, when it is torn or a part of something, more than plain tensors, or no mask.
         """
-        path = Path(path)
-        if not os.path.isfile(path):
-            raise TostError(f"mask file {path}: expected an existing file, got none; check the path")
-        tensors, metadata = read_tensors(path)
+        try:
+            found = read(path, first=("mask.safetensors",))
+        except TostError as error:
+            raise error.at("mask") from None
+        if found is None:
+            raise TostError(
+                f"mask file {Path(path)}: expected an existing file, or a folder with weights, got none; check the path"
+            )
+        path, tensors, metadata = found.path, found.tensors, found.metadata
         if metadata.get("format") == FORMAT:
             return _unpack(path, tensors, metadata)
         try:
-            return cls(_mask_entries(tensors))
+            tensors = packed.unpacked(path, tensors, metadata).tensors if packed.FORMAT in metadata else tensors
+            masks = by_clean_name(mask_of(by_clean_name(tensors)))
+            return cls(renamed(masks, names_beside(path, tensors)))
         except TostError as error:
             raise error.at(f"mask file {path}") from None
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file of packed bits (1 bit a weight), to a temporary name first, then renamed."""
         path = Path(path)
-        packed = {name: torch.from_numpy(np.packbits(mask.numpy().reshape(-1))) for name, mask in self.items()}
+        bits = {name: torch.from_numpy(np.packbits(mask.numpy().reshape(-1))) for name, mask in self.items()}
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            temporary.write_bytes(_ordered(save(packed, metadata={"format": FORMAT, "shapes": shapes})))
+            temporary.write_bytes(_ordered(save(bits, metadata={"format": FORMAT, "shapes": shapes})))
 
     @property
     def kept(self) -> int:
@@ -172,7 +183,7 @@ def density(mask: Tensor) -> float:
 def _as_bool(name: str, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TostError(f"mask {name}: expected a tensor, got {type(tensor).__name__}; convert it with torch.as_tensor")
-    if tensor.dtype != torch.bool and not _only_0_and_1(tensor):
+    if tensor.dtype != torch.bool and not only_0_and_1(tensor):
         raise TostError(
             f"mask {name}: expected only 0 and 1, got other values; pass the mask, not the weights "
             f"(Mask.from_zeros takes weights)"
@@ -190,24 +201,7 @@ def _ordered(file: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + file[end:]
 
 
-def _only_0_and_1(tensor: Tensor) -> bool:
-    tensor = comparable(tensor)
-    return bool(((tensor == 0) | (tensor == 1)).all())
-
-
-def _mask_entries(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    masks = {name.removesuffix("_mask"): tensor for name, tensor in tensors.items() if name.endswith("_mask")}
-    if masks:
-        return masks
-    if all(map(_only_0_and_1, tensors.values())):
-        return tensors
-    weights = {name: t for name, t in tensors.items() if t.ndim >= 2 and t.is_floating_point()}
-    if not weights:
-        raise TostError("expected masks or weights, got neither; save model.state_dict() or a dict name -> mask")
-    return {name: comparable(tensor) != 0 for name, tensor in weights.items()}
-
-
-def _unpack(path: Path, packed: dict[str, Tensor], metadata: dict[str, str]) -> Mask:
+def _unpack(path: Path, bits: dict[str, Tensor], metadata: dict[str, str]) -> Mask:
     try:
         shapes = json.loads(metadata["shapes"])
         masks = {}
@@ -215,10 +209,10 @@ def _unpack(path: Path, packed: dict[str, Tensor], metadata: dict[str, str]) -> 
             if not all(type(side) is int and side >= 0 for side in shape):
                 raise ValueError(f"in {name}")
             size = math.prod(shape)
-            if packed[name].dtype != torch.uint8 or packed[name].numel() != (size + 7) // 8:
+            if bits[name].dtype != torch.uint8 or bits[name].numel() != (size + 7) // 8:
                 raise ValueError(f"in {name}")
-            bits = np.unpackbits(packed[name].numpy(), count=size)
-            masks[name] = torch.from_numpy(bits).bool().reshape(shape)
+            kept = np.unpackbits(bits[name].numpy(), count=size)
+            masks[name] = torch.from_numpy(kept).bool().reshape(shape)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise TostError(
             f"mask file {path}: expected bits that fit the shapes it names, got a mismatch ({error}); "
