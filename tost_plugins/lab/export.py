@@ -20,7 +20,7 @@ from tost_plugins.files.renamed import names_beside, renamed
 from tost_plugins.files.tensors import by_clean_name, comparable, write_tensors
 from tost_plugins.lab.export_formats import write_onnx, write_pt2
 from tost_plugins.lab.export_network import network
-from tost_plugins.masks.layouts import layout
+from tost_plugins.masks.layouts import Layout, check_hidden, layout, only_0_and_1
 from tost_plugins.masks.mask import FORMAT, Mask
 from tost_plugins.session import buffers
 from tost_plugins.training.params import prunable
@@ -48,7 +48,7 @@ def export(
     try:
         return _export(path, Path(out), unfinished, form, compact)
     except TostError as error:
-        raise error.at(f"export {path}") from None
+        raise error.at("export" if str(error).startswith(f"{path}: ") else f"export {path}") from None
 
 
 def _export(path: Path, out: Path, unfinished: bool, form: Form, compact: bool) -> dict[str, Any]:
@@ -100,14 +100,9 @@ def _plain(path: Path, unfinished: bool) -> tuple[dict[str, Tensor], list[str]]:
             f"as it stands"
         )
     parts = layout({name: tensor for name, tensor in tensors.items() if buffers.is_mask(name) or not _is_ours(name)})
+    _check_weights(parts)
     names = names_beside(path, parts.plain)
     plain, masks = renamed(parts.plain, names), renamed(parts.masks, names)
-    computed = [name for name in parts.hidden if name in parts.masks]
-    if computed:
-        raise TostError(
-            f"expected weights and their masks, got {computed[0]} under more parametrizations than its mask; take them off first "
-            f"(torch.nn.utils.parametrize.remove_parametrizations)"
-        )
     for name, mask in masks.items():
         if name not in plain or plain[name].shape != mask.shape:
             raise TostError(
@@ -116,6 +111,19 @@ def _plain(path: Path, unfinished: bool) -> tuple[dict[str, Tensor], list[str]]:
         # not masked_fill, which knows no floats of 8 bits
         plain[name] = torch.where(comparable(mask) != 0, comparable(plain[name]), 0).to(plain[name].dtype)
     return plain, list(masks)
+
+
+def _check_weights(parts: Layout) -> None:
+    """Raise TostError where there are masks alone, and where a weight is computed from more than itself and its mask."""
+    if not parts.masks and all(map(only_0_and_1, parts.plain.values())):
+        raise TostError("expected a checkpoint, got masks, and no weights; see tost mask")
+    computed = [name for name in parts.hidden if name in parts.masks]
+    if computed:
+        raise TostError(
+            f"expected weights and their masks, got {computed[0]} under more parametrizations than its mask; take them off first "
+            f"(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    check_hidden(parts)
 
 
 def find(source: Path) -> Path:

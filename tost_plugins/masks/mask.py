@@ -60,10 +60,7 @@ class Mask(Mapping[str, Tensor]):
         Of a folder that transformers has written names are the network's own, also where those in the file are others.
         Raises TostError when there is nothing, when it is torn or a part of something, more than plain tensors, or no mask.
         """
-        try:
-            found = read(path, first=("mask.safetensors",))
-        except TostError as error:
-            raise error.at("mask") from None
+        found = read(path, first=("mask.safetensors",))
         if found is None:
             raise TostError(
                 f"mask file {Path(path)}: expected an existing file, or a folder with weights, got none; check the path"
