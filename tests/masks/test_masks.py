@@ -113,7 +113,10 @@ def test_save_and_load_packs_one_bit_a_weight(tmp_path: Path) -> None:
     mask.save(path)
     assert Mask.load(path) == mask
     assert path.stat().st_size < mask.size / 8 + 1000
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    beside = [f"{path.name}.card.{end}" for end in ("json", "md")]
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, *beside]
+    mask.save(tmp_path / "alone" / "mask.safetensors", card=False)
+    assert [file.name for file in (tmp_path / "alone").iterdir()] == [path.name]
 
 
 def test_our_file_is_known_by_its_content(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tost_plugins.files.renamed import names_beside, renamed
 from tost_plugins.files.tensors import by_clean_name, comparable, write_tensors
 from tost_plugins.lab.export_formats import write_onnx, write_pt2
 from tost_plugins.lab.export_network import network
+from tost_plugins.masks.card import card, write_card
 from tost_plugins.masks.layouts import Layout, check_hidden, layout, only_0_and_1
 from tost_plugins.masks.mask import FORMAT, Mask
 from tost_plugins.session import buffers
@@ -65,8 +66,28 @@ def _export(path: Path, out: Path, unfinished: bool, form: Form, compact: bool) 
         if isinstance(error, TostError):
             raise
         raise TostError(f"expected tensors that safetensors can hold, got others ({error})") from None
+    if weights:
+        about, zeros = _about(path, {name: comparable(tensor) != 0 for name, tensor in weights.items()})
+        write_card(out, card(zeros, {**about, "form": form, "compact": compact, **more}, out.name, "network"))
     return {"source": str(path), "out": str(out), "tensors": len(plain), "layers": len(weights),
             "sparsity": 1 - kept / size if size else 0.0, "bytes": out.stat().st_size, **more}  # fmt: skip
+
+
+def _about(path: Path, kept: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the mask beside a run's weights, or above its checkpoints, says of how it was made, and the layers that it has;
+    nothing, and all layers, where there is none whose zeros these have."""
+    for file in [folder / "mask.safetensors" for folder in list(path.resolve().parents)[:3]]:
+        if file.is_file():
+            mask = Mask.load(file)
+            if all(name in kept and _within(kept[name], mask[name]) for name in mask):
+                ours = {name: kept[name] for name in mask}
+                known = {key: value for key, value in mask.about.items() if key != "live" or mask == Mask(ours)}
+                return known, ours
+    return {}, kept
+
+
+def _within(kept: Tensor, mask: Tensor) -> bool:
+    return kept.shape == mask.shape and not bool((kept & ~mask).any())
 
 
 def _write(path: Path, out: Path, plain: dict[str, Tensor], form: Form, compact: bool) -> dict[str, Any]:

@@ -28,12 +28,13 @@ def fitted(mask: Mask, model: nn.Module, params: Mapping[str, nn.Parameter]) -> 
     """
     others = _others(model, params)
     names = own_names(model)
+    about = mask.about
     mask = Mask(renamed(mask, names)) if names else mask
     unknown = [name for name in params if name not in mask and is_recurrent(name)]
     if unknown:
         say(f"mask: without recurrent weights, which stay dense: {some(unknown)}")
         mask = Mask({**mask, **Mask.dense({name: params[name] for name in unknown})})
-    found = mask.fit(params, known=others)
+    found = mask.fit(params, known=others).described(**about)
     ours = {id(param) for param in params.values()}
     lost = [name for name, kept in mask.items() if name in others and id(others[name]) not in ours
             and not bool(kept.all()) and not _stays_zero(others[name], kept)]  # fmt: skip

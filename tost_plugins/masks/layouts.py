@@ -65,7 +65,7 @@ def mask_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = layout(tensors)
     if found.masks:
         return found.masks
-    if all(map(only_0_and_1, tensors.values())):
+    if not found.hidden and all(map(only_0_and_1, tensors.values())):
         ends = all(name.endswith("_mask") for name in tensors)
         return {name.removesuffix("_mask") if ends else name: tensor for name, tensor in tensors.items()}
     check_hidden(found)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from tost_plugins.files.atomic import replacing
 from tost_plugins.files.containers import read
 from tost_plugins.files.renamed import names_beside, renamed
 from tost_plugins.files.tensors import by_clean_name, comparable
+from tost_plugins.masks.card import card, read_card, write_card
 from tost_plugins.masks.layouts import mask_of, only_0_and_1
 from tost_plugins.training.params import some
 from tost_plugins.training.sharding import whole
@@ -36,6 +40,9 @@ class Mask(Mapping[str, Tensor]):
         >>> mask.sparsity, mask.kept
         (0.75, 1)
     """
+
+    #: What is known of how it was made, for its card: method, settings, seed; {} where nothing is. Equal masks may differ in it.
+    about: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         if not tensors:
@@ -67,7 +74,8 @@ class Mask(Mapping[str, Tensor]):
             )
         path, tensors, metadata = found.path, found.tensors, found.metadata
         if metadata.get("format") == FORMAT:
-            return _unpack(path, tensors, metadata)
+            mask = _unpack(path, tensors, metadata)
+            return mask.described(**read_card(path, mask))
         try:
             tensors = packed.unpacked(path, tensors, metadata).tensors if packed.FORMAT in metadata else tensors
             masks = by_clean_name(mask_of(by_clean_name(tensors)))
@@ -75,14 +83,34 @@ class Mask(Mapping[str, Tensor]):
         except TostError as error:
             raise error.at(f"mask file {path}") from None
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file of packed bits (1 bit a weight), to a temporary name first, then renamed."""
+    def save(self, path: str | Path, card: bool = True) -> None:
+        """Write one safetensors file of packed bits (1 bit a weight), to a temporary name first, then renamed; and its card
+        beside it (PATH.card.json, PATH.card.md), unless `card` is False."""
         path = Path(path)
         bits = {name: torch.from_numpy(np.packbits(mask.numpy().reshape(-1))) for name, mask in self.items()}
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_bytes(_ordered(save(bits, metadata={"format": FORMAT, "shapes": shapes})))
+        if card:
+            write_card(path, self.card(path.name))
+
+    def card(self, file: str = "mask.safetensors") -> dict[str, Any]:
+        """What the card beside a file of this name says: counts, sparsity, layers, and what is known of how it was made.
+
+        Example:
+            >>> mask = Mask({"weight": torch.tensor([[1, 0]])}).described(method="random", seed=0)
+            >>> found = mask.card()
+            >>> found["method"], found["seed"], found["kept"], found["sparsity"]
+            ('random', 0, 1, 0.5)
+        """
+        return card(self, self.about, file)
+
+    def described(self, **about: Any) -> Mask:
+        """The same mask, of which this is known too; `live` is the number of live weights of each layer."""
+        found = copy.copy(self)
+        found.about = {**self.about, **about}
+        return found
 
     @property
     def kept(self) -> int:
@@ -130,7 +158,10 @@ class Mask(Mapping[str, Tensor]):
                     f"mask: expected only layers that may be pruned, got zeros for {name}; "
                     f"take it off `ignore`, or use a mask made for this network"
                 )
-        return self if list(self) == list(params) else Mask({name: self[name] for name in params})
+        if list(self) == list(params):
+            return self
+        about = {key: value for key, value in self.about.items() if key != "live"}
+        return Mask({name: self[name] for name in params}).described(**about)
 
     @torch.no_grad()
     def apply_(self, tensors: Mapping[str, Tensor]) -> None:
