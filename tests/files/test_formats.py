@@ -470,7 +470,7 @@ def test_a_packed_and_a_compact_export_have_the_masks_of_what_they_hold(tmp_path
 def test_a_folder_is_a_mask_in_a_recipe_too(tmp_path: Path) -> None:
     net, mask = small()
     saved(net.state_dict(), tmp_path / "run", "last.pt")
-    assert Recipe.of(mask=str(tmp_path / "run")).mask.path == str(tmp_path / "run")
-    session = Session(made.small(), {"mask": str(tmp_path / "run"), "tweaks": []}).attach()
+    recipe = Recipe.of({"mask": {"kind": "random", "sparsity": 0.5}, "tweaks": []}, mask=str(tmp_path / "run"))
+    session = Session(made.small(), recipe).attach()
     session.start(torch.optim.SGD(session.model.parameters(), lr=0.1), total_steps=2)
     assert session.mask == mask
