@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from tost_plugins import Mask
+from tost_plugins import Mask, compact
+from tost_plugins.channels.sizes import changed
 from tost_plugins.files.packed import save_packed
 from tost_plugins.training.params import prunable
 
@@ -216,6 +217,17 @@ def _row(format: str, made_with: str, save: Callable[[nn.Module, Mask, Path], An
     return Row(format, made_with, needs, _file(save, name))
 
 
+def _compact(folder: Path) -> Made:
+    """The network without a channel that has no weights; the mask is that of the smaller network."""
+    torch.manual_seed(0)
+    net, mask = sparse(small())
+    mask["0.weight"][3] = False
+    mask.apply_(dict(net.named_parameters()))
+    made = compact(net.eval(), mask, torch.randn(2, 3, 8, 8))
+    save_packed(folder / "a.safetensors", made.state_dict(), changed(net, made), pack=False)
+    return Made(folder / "a.safetensors", made, Mask.from_zeros(prunable(made)))
+
+
 ROWS = [
     _row("state dict", "`torch.save`", lambda net, mask, path: torch.save(net.state_dict(), path), "a.pt"),
     _row("state dict in a checkpoint, of DDP and `torch.compile`", "`torch.save`", _wrapped, "a.pt"),
@@ -240,6 +252,7 @@ ROWS = [
     _row("our masks", "`Mask.save`", lambda net, mask, path: mask.save(path), "mask.safetensors"),
     _row("our exports, packed", "`tost export --packed`", lambda net, mask, path: save_packed(
         path, net.state_dict()), "a.safetensors"),
+    Row("our exports, compact", "`tost export --compact`", (), _compact),
     _row("masks", "`np.savez`", _numpy(lambda net, mask: dict(mask)), "masks.npz"),
     _row("masks, compressed", "`np.savez_compressed`", _numpy(lambda net, mask: dict(mask), np.savez_compressed), "m.npz"),
     _row("weights", "`np.savez`", _numpy(lambda net, mask: net.state_dict()), "a.npz"),

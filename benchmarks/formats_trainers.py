@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from formats_made import Made, Row, small, sparse
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tost_plugins import Mask
@@ -223,6 +224,21 @@ def _timm_hub(folder: Path) -> Made:
     return Made(folder, net, mask)
 
 
+def _run(folder: Path) -> Made:
+    from tost_plugins import Recipe
+    from tost_plugins.lab import models
+    from tost_plugins.lab.train import train
+
+    recipe = Recipe.from_dict({
+        "mask": {"kind": "random", "sparsity": 0.7}, "tweaks": [], "model": "cifar/resnet8", "duration": "2ba",
+        "data": {"name": "digits", "limit": 64, "batch_size": 32},
+    })  # fmt: skip
+    train(recipe, folder / "run")
+    net = models.build("cifar/resnet8", 10, 1)
+    net.load_state_dict(load_file(folder / "run" / "model.safetensors"))
+    return Made(folder / "run", net, Mask.load(folder / "run" / "mask.safetensors"))
+
+
 _SHARDS = {"max_shard_size": 20_000}
 ROWS = [
     Row("folder", "transformers, ResNet", ("transformers",), _hub(_resnet)),
@@ -248,4 +264,5 @@ ROWS = [
     Row("folder of parts", "Lightning", ("lightning",), _lightning_shards),
     Row("`last.pth.tar`", "timm, `CheckpointSaver`", ("timm",), _timm_saver),
     Row("folder", "timm, `save_for_hf`", ("timm",), _timm_hub),
+    Row("folder of a run", "`tost train`", ("sklearn",), _run),
 ]  # fmt: skip

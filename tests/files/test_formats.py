@@ -36,6 +36,7 @@ REFUSED: dict[tuple[str, str], tuple[str, str]] = {
     ("masks, compressed", "`np.savez_compressed`"): ("exact", MASKS_ALONE),
     ("our masks", "`Mask.save`"): ("exact", "got a mask file, which holds no weights; see tost mask"),
     ("our exports, packed", "`tost export --packed`"): ("exact", "load it with tost_plugins.load_packed"),
+    ("our exports, compact", "`tost export --compact`"): ("exact", "load it with tost_plugins.load_packed"),
     ("prepared model", "`torch.ao.pruning`"): ("take it off, then save (sparsifier.squash_mask",) * 2,
     ("whole model", "`torch.save`"): ("save it again as torch.save(model.state_dict(), path)",) * 2,
     ("masks without names", "`np.savez`"): ("np.savez(path, **{name: array})",) * 2,

@@ -33,10 +33,10 @@ def read_records(content: bytes, stored: Callable[[Any], Any] | None = None) -> 
     Raises what `pickle` raises for a torn one, and `pickles.Suspect` for one that would take memory or time without end.
 
     Example:
-        >>> import fractions
-        >>> found = read_records(pickle.dumps({"half": fractions.Fraction(1, 2)}))
-        >>> found["half"].module, found["half"].name, found["half"].args
-        ('fractions', 'Fraction', ('1/2',))
+        >>> import datetime
+        >>> found = read_records(pickle.dumps({"waited": datetime.timedelta(1)}))
+        >>> found["waited"].module, found["waited"].name, found["waited"].args
+        ('datetime', 'timedelta', (1, 0, 0))
     """
     check_pickle(io.BytesIO(content), strict=True)
     return _Reader(content, stored).load()
