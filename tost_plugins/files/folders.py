@@ -72,6 +72,7 @@ def is_distributed(path: Path) -> bool:
 
 
 def _named(folder: Path, names: Sequence[str]) -> Path | None:
+    _check_one_index(folder)
     if is_distributed(folder):
         return folder
     found = next(
@@ -95,6 +96,16 @@ def _only(folder: Path) -> Path | None:
         names = some(sorted(path.name for path in found.values()))
         raise TostError(f"{folder}: expected one checkpoint, got several ({names}); pass one of them")
     return next(iter(found.values()), None)
+
+
+def _check_one_index(folder: Path) -> None:
+    """Raise TostError where each rank has written an index of its own, as later versions of torch can."""
+    found = [] if (folder / INDEX).exists() else [path.name for path in folder.glob(f"__*{INDEX}")]
+    if found:
+        raise TostError(
+            f"{folder}: expected a folder of torch.distributed.checkpoint with one index, got {some(sorted(found), 3)}, one for "
+            f"each rank; save it with use_collectives=True"
+        )
 
 
 def _candidates(folder: Path) -> Iterator[Path]:

@@ -78,7 +78,7 @@ class Mask(Mapping[str, Tensor]):
             return mask.described(**read_card(path, mask))
         try:
             tensors = packed.unpacked(path, tensors, metadata).tensors if packed.FORMAT in metadata else tensors
-            masks = by_clean_name(mask_of(by_clean_name(tensors)))
+            masks = mask_of(by_clean_name(tensors))
             return cls(renamed(masks, names_beside(path, tensors)))
         except TostError as error:
             raise error.at(f"mask file {path}") from None
