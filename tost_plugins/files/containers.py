@@ -65,10 +65,19 @@ def read(source: str | Path, first: Sequence[str] = ()) -> Contents | None:
     `first` are names of files to look for in a folder before others. Nothing in a file is run. Raises TostError for what is
     torn, is a part of something, has more than tensors in it, would take far more memory than it is long, or is not read.
     """
-    path = locate(Path(source), first)
-    if path is None:
-        return None
+    try:
+        path = locate(Path(source), first)
+        return None if path is None else _read(path)
+    except OSError as error:
+        raise TostError(
+            f"{source}: expected what can be read, got {error.strerror or error}; check its permissions"
+        ) from None
+
+
+def _read(path: Path) -> Contents:
     said = NAMED.get(path.suffix)
+    if path.name.startswith("adapter_model."):
+        said = "those that PEFT adds to a network; merge_and_unload() there, then save the network"
     if said is not None:
         raise TostError(f"{path}: expected tensors with names, got {said}")
     for container in CONTAINERS:
