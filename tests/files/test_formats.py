@@ -390,6 +390,17 @@ def test_what_is_only_named(tmp_path: Path) -> None:
             refused(
                 lambda name=name, read=read: read(tmp_path / name), name, "expected tensors with names, got a file of"
             )
+    save_file({"base_model.fc.lora_B.weight": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
+    refused(
+        lambda: Mask.load(tmp_path / "adapter_model.safetensors"), "PEFT adds to a network; merge_and_unload() there"
+    )
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "ranks" / "__0.metadata").touch()
+    refused(
+        lambda: Mask.load(tmp_path / "ranks"), "got __0.metadata, one for each rank; save it with use_collectives=True"
+    )
+    if Path("/proc/self/mem").exists():  # a file that nobody can read from its beginning
+        refused(lambda: Mask.load("/proc/self/mem"), "/proc/self/mem: expected what can be read")
 
 
 # Names that transformers writes
