@@ -13,11 +13,11 @@ from typing import Any
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from tost_plugins.errors import TostError
+from tost_plugins.files.renamed import own_names, renamed
 from tost_plugins.masks.mask import Mask
 from tost_plugins.recipe.recipe import Recipe
 from tost_plugins.session.ends import ends, plain_from
@@ -182,13 +182,11 @@ class TostCallback(TrainerCallback, ExportableState):
 def _own_names(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """The Trainer writes some models (ViT, Swin, SegFormer) under other names than they have, as `from_pretrained` takes them,
     and loads them as they lie there, without being strict, so that nothing comes: give each tensor its name in the model."""
-    own = model.state_dict()
-    written = revert_weight_conversion(model, own) if isinstance(model, PreTrainedModel) else own
-    names = {id(tensor): name for name, tensor in own.items()}
-    found = {f"{prefix}{name}": names[id(value)] for name, value in written.items() if id(value) in names}
-    if len(found.keys() & state_dict.keys()) > len({f"{prefix}{name}" for name in own} & state_dict.keys()):
-        values = {name: state_dict.pop(there) for there, name in found.items() if there in state_dict}
-        state_dict.update({f"{prefix}{name}": value for name, value in values.items()})
+    there = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    here = renamed(there, own_names(model))
+    for name in there.keys() - here.keys():
+        del state_dict[f"{prefix}{name}"]
+    state_dict.update({f"{prefix}{name}": value for name, value in here.items()})
 
 
 def _conventions(own: Callable[..., Tensor]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from interleave import Contender, Ratio, Row, timed
 from torch import Tensor, nn
 
 from tost_plugins import compact, masks
-from tost_plugins.channels.packed import save_packed
 from tost_plugins.channels.sizes import changed
+from tost_plugins.files.packed import save_packed
 from tost_plugins.files.tensors import write_tensors
 from tost_plugins.lab import models
 from tost_plugins.lab.export_formats import write_onnx

@@ -2,7 +2,7 @@
 
 Each input must end in success or in a TostError of one line. tests/test_strangers.py runs some hundreds; by hand:
 
-    python tests/fuzz.py --target recipe|mask|export|packed --count 10000 [--seed 0] [--engine hypothesis|atheris]
+    python tests/fuzz.py --target recipe|mask|export|packed|index --count 10000 [--seed 0] [--engine hypothesis|atheris]
 
 It prints how many inputs ended how, and stops at the first that ends in anything else (after 120 s as a hang).
 """
@@ -20,6 +20,7 @@ import struct
 import sys
 import tempfile
 import types
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 import hypothesis
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -35,7 +37,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from tost_plugins import Mask, Recipe, TostError, load_packed
-from tost_plugins.channels.packed import FORMAT, checksum, save_packed
+from tost_plugins.files.packed import FORMAT, checksum, save_packed
 from tost_plugins.lab.export import export
 from tost_plugins.recipe.recipe import shipped
 
@@ -80,7 +82,22 @@ def read_packed(path: Path) -> None:
     load_packed(net, path)(torch.zeros(1, 1, 3, 3))
 
 
-TARGETS = {"recipe": read_recipe, "mask": read_mask, "export": read_checkpoint, "packed": read_packed}
+def read_index(path: Path) -> None:
+    """A folder of torch.distributed.checkpoint with this index, beside the data of a valid one."""
+    folder = path.with_suffix(".dcp")
+    if not folder.exists():
+        dcp.save({"model": network().state_dict()}, checkpoint_id=str(folder))
+    (folder / ".metadata").write_bytes(path.read_bytes())
+    read_mask(folder)
+
+
+TARGETS = {
+    "recipe": read_recipe,
+    "mask": read_mask,
+    "export": read_checkpoint,
+    "packed": read_packed,
+    "index": read_index,
+}
 
 
 def attempt(target: str, content: bytes, folder: Path) -> None:
@@ -118,6 +135,17 @@ SIZES = {"0": {"in_channels": (1, 1), "out_channels": (3, 2), "groups": (1, 1)},
          "2": {"in_features": (3, 2), "out_features": (2, 2)}}  # fmt: skip
 
 
+def indexes() -> list[bytes]:
+    """What torch.distributed.checkpoint says of its folder, in two layouts."""
+    found = []
+    for state in (network().state_dict(), {"model": network().state_dict(), "epoch": 3}):
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(state, checkpoint_id=folder)
+            found.append((Path(folder) / ".metadata").read_bytes())
+    return found
+
+
 def masks() -> list[bytes]:
     """A small network's mask in each format that is read: ours, pruned, plain, weights, old torch, numpy, nested."""
     net = network()
@@ -140,6 +168,13 @@ def masks() -> list[bytes]:
     np.savez(array, **{name: w.numpy() for name, w in plain.items()})
     single = io.BytesIO()
     np.save(single, plain["0.weight"].numpy())
+    script = io.BytesIO()
+    torch.jit.save(torch.jit.script(network().eval()), script)
+    front = {
+        "0.parametrizations.weight.original": weights["0.weight"],
+        "0.parametrizations.weight.0.mask": mask["0.weight"],
+    }
+    found += [script.getvalue(), _saved(front)]
     return [*found, array.getvalue(), single.getvalue(), pickle.dumps({n: w.numpy() for n, w in plain.items()}, 2)]
 
 
@@ -462,6 +497,8 @@ def inputs(target: str) -> st.SearchStrategy[bytes]:
         )
     if target == "packed":
         return st.one_of(mutated(packed()), described(), described(), headed(), st.binary(max_size=60))
+    if target == "index":
+        return st.one_of(mutated(indexes()), mutated(indexes()), st.binary(max_size=60))
     return st.one_of(mutated(masks()), mutated(masks()), headed(), st.binary(max_size=60))
 
 
@@ -491,7 +528,7 @@ def with_atheris(target: str, count: int, seed: int, folder: Path) -> None:
 
     corpus = folder / "corpus"
     corpus.mkdir()
-    for number, content in enumerate({"recipe": recipes, "packed": packed}.get(target, masks)()):
+    for number, content in enumerate({"recipe": recipes, "packed": packed, "index": indexes}.get(target, masks)()):
         (corpus / str(number)).write_bytes(content)
     for function in _functions():
         atheris.instrument_func(function)

@@ -58,6 +58,13 @@ def test_the_masks_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "mask.safetensors").exists()
 
 
+def test_the_formats_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in blocks("docs/formats.md"):
+        exec(block, {})
+    assert (tmp_path / "mask.safetensors.card.md").exists()
+
+
 def test_the_export_page_runs() -> None:
     for block in blocks("docs/export.md"):
         exec(block, {})

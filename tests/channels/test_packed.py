@@ -17,8 +17,8 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from tost_plugins import TostError, compact, load_packed, masks
-from tost_plugins.channels.packed import FORMAT, checksum, read_packed, save_packed
 from tost_plugins.channels.sizes import changed
+from tost_plugins.files.packed import FORMAT, checksum, read_packed, save_packed
 from tost_plugins.lab import models
 from tost_plugins.training.task import Task
 

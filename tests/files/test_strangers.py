@@ -35,7 +35,9 @@ PLAIN = {"mask": {"kind": "random", "sparsity": 0.5}}
 SOME = settings(suppress_health_check=list(hypothesis.HealthCheck), database=None)
 
 
-@pytest.mark.parametrize(("target", "count"), [("recipe", 150), ("mask", 300), ("export", 150), ("packed", 200)])
+@pytest.mark.parametrize(
+    ("target", "count"), [("recipe", 150), ("mask", 300), ("export", 150), ("packed", 200), ("index", 150)]
+)
 def test_whatever_comes_in_ends_well(target: str, count: int, tmp_path: Path) -> None:
     @settings(SOME, max_examples=count)
     @given(fuzz.inputs(target))

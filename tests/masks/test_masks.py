@@ -113,7 +113,10 @@ def test_save_and_load_packs_one_bit_a_weight(tmp_path: Path) -> None:
     mask.save(path)
     assert Mask.load(path) == mask
     assert path.stat().st_size < mask.size / 8 + 1000
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    beside = [f"{path.name}.card.{end}" for end in ("json", "md")]
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, *beside]
+    mask.save(tmp_path / "alone" / "mask.safetensors", card=False)
+    assert [file.name for file in (tmp_path / "alone").iterdir()] == [path.name]
 
 
 def test_our_file_is_known_by_its_content(tmp_path: Path) -> None:
@@ -218,7 +221,9 @@ def test_files_without_a_mask(tmp_path: Path, content: object, message: str) -> 
 
 
 def test_a_missing_file_and_a_text_file(tmp_path: Path) -> None:
-    with pytest.raises(TostError, match="expected an existing file, got none; check the path"):
+    with pytest.raises(
+        TostError, match="expected an existing file, or a folder with weights, got none; check the path"
+    ):
         Mask.load(tmp_path / "nowhere.pt")
     (tmp_path / "notes.txt").write_text("not a mask")
     with pytest.raises(TostError, match=r"notes\.txt: expected"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import io
 import pickle
 import pickletools
 import sys
@@ -46,20 +47,26 @@ _KNOWN = _TUPLES | {
     "GLOBAL", "BUILD", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "MARK", "NONE", "NEWFALSE", "NEWTRUE", "EMPTY_TUPLE",
     "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING",
     "BINPERSID", "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "LONG1", "PROTO", "STOP",
+    "FRAME", "MEMOIZE", "SHORT_BINUNICODE", "STACK_GLOBAL",  # of later protocols, which torch refuses and `records` reads
 }  # fmt: skip
 
 
-def load(path: Path) -> Any:
+def load(path: Path, content: bytes | None = None) -> Any:
     """The content of a file of torch.save, on the CPU; where it is a zip file its tensors are read as they are needed.
+    `content` is that of such a file when it lies within `path`, as in archives.
 
     Raises TostError for a file that is torn, that holds anything else than plain values, or that would take far more
     memory or time than its length stands for.
     """
     try:
-        zipped = zipfile.is_zipfile(path)
-        _check_zip(path) if zipped else _check_legacy(path)
+        stream: IO[bytes] = path.open("rb") if content is None else io.BytesIO(content)
+        with stream:
+            zipped = zipfile.is_zipfile(stream)
+            stream.seek(0)
+            _check_zip(stream) if zipped else _check_legacy(stream)
+        source = path if content is None else io.BytesIO(content)
         with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=zipped and content is None)
     except pickle.UnpicklingError:
         raise TostError(
             f"{path}: expected plain tensors, got a pickle with other objects, which could run code; "
@@ -68,7 +75,7 @@ def load(path: Path) -> Any:
     except Exception as error:  # torch.load raises many kinds for torn files
         raise TostError(
             f"{path}: expected a safetensors or torch.save file, got something unreadable "
-            f"({error if isinstance(error, _Suspect) else type(error).__name__}); copy or save it again"
+            f"({error if isinstance(error, Suspect) else type(error).__name__}); copy or save it again"
         ) from None
 
 
@@ -85,49 +92,56 @@ def check_sizes(tensors: Iterable[Tensor], path: Path) -> None:
         )
 
 
-class _Suspect(Exception):
+class Suspect(Exception):
     """A file that torch.save would never have written."""
 
 
-def _check_zip(path: Path) -> None:
-    with zipfile.ZipFile(path) as file:
+def _check_zip(stream: IO[bytes]) -> None:
+    length = stream.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(stream) as file:
         entries = file.infolist()
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise _Suspect("compressed, or with parts that overlap")
+        if sum(entry.file_size for entry in entries) > length:
+            raise Suspect("compressed, or with parts that overlap")
         for entry in entries:
             if entry.filename.endswith("/byteorder") and file.read(entry) != sys.byteorder.encode():
-                raise _Suspect("from a machine with another byte order")
+                raise Suspect("from a machine with another byte order")
             if entry.filename.endswith("data.pkl"):
-                with file.open(entry) as stream:
-                    _check_pickle(stream)
+                with file.open(entry) as inner:
+                    check_pickle(inner)
 
 
-def _check_legacy(path: Path) -> None:
+def _check_legacy(stream: IO[bytes]) -> None:
     """Before torch 1.6: five pickles (magic number, version, machine, content, storages) and the numbers behind them."""
-    with path.open("rb") as stream:
-        for _ in range(5):
-            if stream.peek(1):
-                _check_pickle(stream)
+    length = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    for _ in range(5):
+        if stream.tell() < length:
+            check_pickle(stream)
 
 
-def _check_pickle(stream: IO[bytes]) -> None:
-    """Raise for what torch's own reader would do without end: hash tuples of tuples of tuples, or take memory by a number.
+def check_pickle(stream: IO[bytes], strict: bool = False) -> None:
+    """Raise for what a reader would do without end: hash tuples of tuples of tuples, or take memory by a number.
 
-    Follows the stack with a size for each thing on it; what the reader refuses anyway is left to it.
+    Follows the stack with a size for each thing on it; what torch's reader refuses anyway is left to it, unless `strict`.
     """
     stack: list[int] = []
     marks: list[int] = []
     memo: dict[Any, int] = {}
     for op, argument, _ in pickletools.genops(stream):
         if op.name not in _KNOWN:
+            if strict:
+                raise Suspect(f"with {op.name.lower()}")
             return  # an UnpicklingError to come
         if op.name == "GLOBAL" and str(argument).endswith(" bytearray"):
-            raise _Suspect("it takes memory by a number")
+            raise Suspect("it takes memory by a number")
         if op.name == "MARK":
             marks.append(len(stack))
             continue
-        if op.name.endswith("BINPUT"):
-            memo[argument] = stack[-1]
+        if op.name == "MEMOIZE" or op.name.endswith("BINPUT"):
+            place: Any = len(memo) if op.name == "MEMOIZE" else argument
+            if strict and place > len(memo) + _NESTING:
+                raise Suspect("it takes memory by a number")
+            memo[place] = stack[-1]
             continue
         start = len(stack) - len(op.stack_before)
         if pickletools.markobject in op.stack_before:
@@ -136,5 +150,5 @@ def _check_pickle(stream: IO[bytes]) -> None:
             1 + sum(stack[start:]) if op.name in _TUPLES else memo.get(argument, 1) if op.name.endswith("BINGET") else 1
         )
         if size > _NESTING:
-            raise _Suspect("nested without end")
+            raise Suspect("nested without end")
         stack[start:] = [size] * len(op.stack_after)

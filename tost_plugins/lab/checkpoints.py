@@ -13,7 +13,7 @@ from torch import nn
 
 from tost_plugins.errors import TostError
 from tost_plugins.files import pickles
-from tost_plugins.files.tensors import read_tensors
+from tost_plugins.files.containers import read
 from tost_plugins.lab.export import find
 from tost_plugins.session import buffers
 from tost_plugins.training.log import say
@@ -83,7 +83,9 @@ def _check_harmless(checkpoint: Path) -> None:
 def _check_fits(checkpoint: Path, model: nn.Module) -> None:
     """Raise TostError unless it is one of a sparse run of this very network."""
     path = find(checkpoint)
-    found = {clean_name(name): tuple(tensor.shape) for name, tensor in read_tensors(path)[0].items()}
+    saved = read(path)
+    assert saved is not None  # `find` has seen it
+    found = {clean_name(name): tuple(tensor.shape) for name, tensor in saved.tensors.items()}
     own = {clean_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     other = sorted(name for name, shape in own.items() if found.get(name) != shape)
     if other or buffers.CLOCK not in found:

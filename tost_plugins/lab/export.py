@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,14 +9,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from tost_plugins.channels.packed import FORMAT as PACKED
-from tost_plugins.channels.packed import save_packed
 from tost_plugins.channels.removal import compact as smaller
 from tost_plugins.channels.sizes import changed
 from tost_plugins.errors import TostError, shown
-from tost_plugins.files.tensors import by_clean_name, comparable, read_tensors, write_tensors
+from tost_plugins.files.containers import read
+from tost_plugins.files.folders import locate
+from tost_plugins.files.packed import FORMAT as PACKED
+from tost_plugins.files.packed import save_packed
+from tost_plugins.files.renamed import names_beside, renamed
+from tost_plugins.files.tensors import by_clean_name, comparable, write_tensors
 from tost_plugins.lab.export_formats import write_onnx, write_pt2
 from tost_plugins.lab.export_network import network
+from tost_plugins.masks.card import card, write_card
+from tost_plugins.masks.layouts import Layout, check_hidden, layout, only_0_and_1
 from tost_plugins.masks.mask import FORMAT, Mask
 from tost_plugins.session import buffers, kinds
 from tost_plugins.training.params import prunable
@@ -26,17 +30,16 @@ from tost_plugins.tweaks.soft_activation import RELU
 #: What `export` can write.
 Form = Literal["safetensors", "packed", "onnx", "pt2"]
 
-_FILES = ("model.safetensors", "last.pt", "pytorch_model.bin")
-
 
 def export(
     source: str | Path, out: str | Path, unfinished: bool = False, form: Form = "safetensors", compact: bool = False
 ) -> dict[str, Any]:
     """Write the plain network in `source` to `out` and return what it is: layers, sparsity, parameters.
 
-    `source` is a run folder of `tost train`, a checkpoint folder (Hugging Face, Accelerate) or a file (Composer,
-    torch.save, safetensors). Weights outside the mask become exactly 0. A checkpoint from a moment when ghosts or soft
-    activations were still at work computes something else than the plain network: a TostError, unless `unfinished`.
+    `source` is a run folder of `tost train`, or a checkpoint of any kind that docs/formats.md names, a file or a folder; of one
+    that transformers has written names are the network's own. Weights outside the mask become exactly 0. A checkpoint from a
+    moment when ghosts or soft activations were still at work computes something else than the plain network: a TostError,
+    unless `unfinished`.
 
     "safetensors" is a state dict, "packed" a file for `load_packed`; "onnx" and "pt2" are networks for ONNX Runtime and
     torch.export, compared with PyTorch first. `compact` leaves out channels without a path; that file is for `load_packed`
@@ -46,7 +49,7 @@ def export(
     try:
         return _export(path, Path(out), unfinished, form, compact)
     except TostError as error:
-        raise error.at(f"export {path}") from None
+        raise error.at("export" if str(error).startswith(f"{path}: ") else f"export {path}") from None
 
 
 def _export(path: Path, out: Path, unfinished: bool, form: Form, compact: bool) -> dict[str, Any]:
@@ -63,8 +66,28 @@ def _export(path: Path, out: Path, unfinished: bool, form: Form, compact: bool) 
         if isinstance(error, TostError):
             raise
         raise TostError(f"expected tensors that safetensors can hold, got others ({error})") from None
+    if weights:
+        about, zeros = _about(path, {name: comparable(tensor) != 0 for name, tensor in weights.items()})
+        write_card(out, card(zeros, {**about, "form": form, "compact": compact, **more}, out.name, "network"))
     return {"source": str(path), "out": str(out), "tensors": len(plain), "layers": len(weights),
             "sparsity": 1 - kept / size if size else 0.0, "bytes": out.stat().st_size, **more}  # fmt: skip
+
+
+def _about(path: Path, kept: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the mask beside a run's weights, or above its checkpoints, says of how it was made, and the layers that it has;
+    nothing, and all layers, where there is none whose zeros these have."""
+    for file in [folder / "mask.safetensors" for folder in list(path.resolve().parents)[:3]]:
+        if file.is_file():
+            mask = Mask.load(file)
+            if all(name in kept and _within(kept[name], mask[name]) for name in mask):
+                ours = {name: kept[name] for name in mask}
+                known = {key: value for key, value in mask.about.items() if key != "live" or mask == Mask(ours)}
+                return known, ours
+    return {}, kept
+
+
+def _within(kept: Tensor, mask: Tensor) -> bool:
+    return kept.shape == mask.shape and not bool((kept & ~mask).any())
 
 
 def _write(path: Path, out: Path, plain: dict[str, Tensor], form: Form, compact: bool) -> dict[str, Any]:
@@ -83,8 +106,9 @@ def _write(path: Path, out: Path, plain: dict[str, Tensor], form: Form, compact:
 
 def _plain(path: Path, unfinished: bool) -> tuple[dict[str, Tensor], list[str]]:
     """The plain network's tensors, with zeros where a mask says so, and the names of those that have a mask."""
-    found, metadata = read_tensors(path)
-    tensors = by_clean_name(found)
+    found = read(path)
+    assert found is not None  # `find` has seen it
+    tensors, metadata = by_clean_name(found.tensors), found.metadata
     if metadata.get("format") == FORMAT:
         raise TostError("expected a checkpoint, got a mask file, which holds no weights; see tost mask")
     if PACKED in metadata:
@@ -96,8 +120,10 @@ def _plain(path: Path, unfinished: bool) -> tuple[dict[str, Tensor], list[str]]:
             f"{shown(tensors[live[0]].tolist())}); take a later checkpoint, or pass --unfinished to get the plain network "
             f"as it stands"
         )
-    plain = {name: tensor for name, tensor in tensors.items() if not _is_ours(name)}
-    masks = {name.removesuffix("_mask"): tensor for name, tensor in tensors.items() if buffers.is_mask(name)}
+    parts = layout({name: tensor for name, tensor in tensors.items() if buffers.is_mask(name) or not _is_ours(name)})
+    _check_weights(parts)
+    names = names_beside(path, parts.plain)
+    plain, masks = renamed(parts.plain, names), renamed(parts.masks, names)
     for name, mask in masks.items():
         if name not in plain or plain[name].shape != mask.shape:
             raise TostError(
@@ -108,22 +134,28 @@ def _plain(path: Path, unfinished: bool) -> tuple[dict[str, Tensor], list[str]]:
     return plain, list(masks)
 
 
+def _check_weights(parts: Layout) -> None:
+    """Raise TostError where there are masks alone, and where a weight is computed from more than itself and its mask."""
+    if not parts.masks and all(map(only_0_and_1, parts.plain.values())):
+        raise TostError("expected a checkpoint, got masks, and no weights; see tost mask")
+    computed = [name for name in parts.hidden if name in parts.masks]
+    if computed:
+        raise TostError(
+            f"expected weights and their masks, got {computed[0]} under more parametrizations than its mask; take them off first "
+            f"(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    check_hidden(parts)
+
+
 def find(source: Path) -> Path:
-    """The file with the weights: the source itself, or the newest one in a run's or a checkpoint's folder."""
-    if os.path.isfile(source):
-        return source
-    numbered = (source / "checkpoints").glob("*-[0-9]*") if os.path.isdir(source) else ()
-    saved = sorted(numbered, key=_number)  # checkpoint-500, step-500
-    folders = [source, source / "checkpoints", *reversed(saved)]
-    found = [folder / name for folder in folders for name in _FILES if os.path.isfile(folder / name)]
-    if not found:
+    """The file or folder with the weights: the source itself, or the newest one in a run's or a checkpoint's folder."""
+    try:
+        found = locate(source)
+    except TostError as error:
+        raise error.at("export") from None
+    if found is None:
         raise TostError(f"export {source}: expected a checkpoint or a run's folder, got neither; check the path")
-    return found[0]
-
-
-def _number(path: Path) -> int:
-    digits = path.name.rpartition("-")[2]
-    return int(digits) if digits.isdigit() else -1
+    return found
 
 
 def _is_ours(name: str) -> bool:

@@ -25,6 +25,7 @@ from tost_plugins.lab.job import Job
 from tost_plugins.lab.progress import Listener, silent
 from tost_plugins.masks.connected import connects, followed
 from tost_plugins.masks.mask import Mask
+from tost_plugins.masks.paths.connectivity import Connectivity
 from tost_plugins.recipe.recipe import Recipe, read
 from tost_plugins.session.session import Session
 from tost_plugins.training import ranks
@@ -168,7 +169,6 @@ def _conclude(job: Job, session: Session) -> dict[str, Any]:
     for name, keep in mask.items():
         if bool((weights[name].detach().cpu()[~keep] != 0).any()):
             raise TostError(f"{name}: expected zeros outside the mask, got others; please report this as a bug")
-    mask.save(job.out / "mask.safetensors")
     if session.moving is not None:
         write_csv(job.out / "movement.csv", _movement(job.history))
     write_tensors(job.out / "model.safetensors", job.model.state_dict())
@@ -176,6 +176,7 @@ def _conclude(job: Job, session: Session) -> dict[str, Any]:
     task = Task.of(job.model, job.recipe.mask.ignore, batches=job.loader)
     found = connects(mask, followed(task))  # the session has not followed a run of which nothing was left to train
     live = None if found is None else found.live.kept
+    _described(mask, job, session, found).save(job.out / "mask.safetensors")
     recipe, accuracy = job.recipe, job.evaluate(job.model, job.data.test)["accuracy"]
     result = {
         "name": recipe.name, "model": recipe.model, "trainer": recipe.trainer, "mask": recipe.mask.kind,
@@ -187,6 +188,26 @@ def _conclude(job: Job, session: Session) -> dict[str, Any]:
     }  # fmt: skip
     write(job.out / "result.json", json.dumps(result, indent=1))
     return result
+
+
+def _described(mask: Mask, job: Job, session: Session, found: Connectivity | None) -> Mask:
+    """The mask with what its card says of the run: network, data, training, what is live, versions."""
+    recipe = job.recipe
+    data = recipe.data.model_dump(mode="json", exclude={"path"}, exclude_defaults=True)
+    training = {
+        "trainer": recipe.trainer,
+        "duration": str(recipe.duration),
+        "tweaks": [tweak.kind for tweak in session.tweaks],
+    }
+    live = {} if found is None else {"live": {name: int(kept.sum()) for name, kept in found.live.items()}}
+    packages = {name: version for name, version in environment().items() if name != "platform"}
+    about = {
+        "recipe": recipe.name,
+        "model": recipe.model,
+        "data": {"name": recipe.data.name, **data},
+        "training": training,
+    }
+    return mask.described(**{"seed": recipe.seed, **mask.about, **about, **live, "versions": packages})
 
 
 def _movement(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tost_plugins.errors import TostError, from_pydantic, unknown
 from tost_plugins.masks import connected
 from tost_plugins.masks.base import MaskMethod, Moving, WithWeights
+from tost_plugins.masks.card import told
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods import MASKS
 from tost_plugins.training import ranks
@@ -72,7 +73,9 @@ def run(method: MaskMethod, task: Task, seed: int) -> Mask:
     says where it is the first of a mask that moves."""
     with reading(task.batches, task.device):  # once, for both
         mask = search(method, task, seed)
-        connected.check(mask, connected.followed(task))
+        found = connected.check(mask, connected.followed(task))
+    if found is not None:
+        mask = mask.described(live={name: int(live.sum()) for name, live in found.live.items()})
     if isinstance(method, Moving):
         say(
             f"mask {method.kind}: this mask moves while the network trains, and is found as it starts: sparsity "
@@ -89,7 +92,9 @@ def search(method: MaskMethod, task: Task, seed: int) -> Mask:
     `task.params`.
     """
     mask = method.start(task, torch.Generator().manual_seed(seed)).fit(task.params)
-    return Mask(ranks.broadcast(mask, task.device)) if ranks.world() > 1 else mask
+    about = told(method, seed) | ({"source": dict(mask.about)} if mask.about else {})  # of a file, say
+    mask = Mask(ranks.broadcast(mask, task.device)) if ranks.world() > 1 else mask
+    return mask.described(**about)
 
 
 def starting_weights(method: MaskMethod, task: Task, mask: Mask, seed: int) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from tost_plugins.files.renamed import own_names, renamed
 from tost_plugins.masks.mask import Mask
 from tost_plugins.training.log import say
 from tost_plugins.training.params import clean_name, is_layer, is_recurrent, plain_modules, some, weight_keys
@@ -16,7 +17,8 @@ from tost_plugins.training.transformed import transforms
 def fitted(mask: Mask, model: nn.Module, params: Mapping[str, nn.Parameter]) -> Mask:
     """The mask for exactly `params`; one line names other tensors of the network of which it removes numbers that may come
     back: biases, norms, embeddings and frozen layers have no masks. Recurrent weights of which it says nothing stay dense, which
-    is said. Raises TostError as `Mask.fit` does, and on zeros in a layer that is ignored or not of this network.
+    is said. The names may also be those that transformers writes. Raises TostError as `Mask.fit` does, and on zeros in a
+    layer that is ignored or not of this network.
 
     Example:
         >>> import torch
@@ -25,11 +27,14 @@ def fitted(mask: Mask, model: nn.Module, params: Mapping[str, nn.Parameter]) -> 
         ['weight']
     """
     others = _others(model, params)
+    names = own_names(model)
+    about = mask.about
+    mask = Mask(renamed(mask, names)) if names else mask
     unknown = [name for name in params if name not in mask and is_recurrent(name)]
     if unknown:
         say(f"mask: without recurrent weights, which stay dense: {some(unknown)}")
         mask = Mask({**mask, **Mask.dense({name: params[name] for name in unknown})})
-    found = mask.fit(params, known=others)
+    found = mask.fit(params, known=others).described(**about)
     ours = {id(param) for param in params.values()}
     lost = [name for name, kept in mask.items() if name in others and id(others[name]) not in ours
             and not bool(kept.all()) and not _stays_zero(others[name], kept)]  # fmt: skip

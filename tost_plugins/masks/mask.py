@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +16,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tost_plugins.errors import TostError
+from tost_plugins.files import packed
 from tost_plugins.files.atomic import replacing
-from tost_plugins.files.tensors import by_clean_name, comparable, read_tensors
+from tost_plugins.files.containers import read
+from tost_plugins.files.renamed import names_beside, renamed
+from tost_plugins.files.tensors import by_clean_name, comparable
+from tost_plugins.masks.card import card, read_card, write_card
+from tost_plugins.masks.layouts import mask_of, only_0_and_1
 from tost_plugins.training.params import some
 from tost_plugins.training.sharding import whole
 
@@ -34,6 +41,9 @@ class Mask(Mapping[str, Tensor]):
         (0.75, 1)
     """
 
+    #: What is known of how it was made, for its card: method, settings, seed; {} where nothing is. Equal masks may differ in it.
+    about: Mapping[str, Any] = MappingProxyType({})
+
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         if not tensors:
             raise TostError("mask: expected at least one layer, got none; check the source of the mask")
@@ -51,30 +61,56 @@ class Mask(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
-        """Read any mask: our safetensors file, a state dict with `*_mask` entries, a plain dict of 0/1 tensors,
-        or the zeros of a checkpoint (safetensors or torch.save; nested `state_dict`, `model`, `state` are searched).
+        """Read any mask, from a file or a folder of any kind that docs/formats.md names: our own file, masks beside their
+        weights, a dict of 0/1 tensors, or the zeros of a checkpoint.
 
-        Raises TostError when the file is missing, torn, not plain tensors, or holds no mask.
+        Of a folder that transformers has written names are the network's own, also where those in the file are others.
+        Raises TostError when there is nothing, when it is torn or a part of something, more than plain tensors, or no mask.
         """
-        path = Path(path)
-        if not os.path.isfile(path):
-            raise TostError(f"mask file {path}: expected an existing file, got none; check the path")
-        tensors, metadata = read_tensors(path)
+        found = read(path, first=("mask.safetensors",))
+        if found is None:
+            raise TostError(
+                f"mask file {Path(path)}: expected an existing file, or a folder with weights, got none; check the path"
+            )
+        path, tensors, metadata = found.path, found.tensors, found.metadata
         if metadata.get("format") == FORMAT:
-            return _unpack(path, tensors, metadata)
+            mask = _unpack(path, tensors, metadata)
+            return mask.described(**read_card(path, mask))
         try:
-            return cls(_mask_entries(tensors))
+            tensors = packed.unpacked(path, tensors, metadata).tensors if packed.FORMAT in metadata else tensors
+            masks = mask_of(by_clean_name(tensors))
+            return cls(renamed(masks, names_beside(path, tensors)))
         except TostError as error:
             raise error.at(f"mask file {path}") from None
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file of packed bits (1 bit a weight), to a temporary name first, then renamed."""
+    def save(self, path: str | Path, card: bool = True) -> None:
+        """Write one safetensors file of packed bits (1 bit a weight), to a temporary name first, then renamed; and its card
+        beside it (PATH.card.json, PATH.card.md), unless `card` is False."""
         path = Path(path)
-        packed = {name: torch.from_numpy(np.packbits(mask.numpy().reshape(-1))) for name, mask in self.items()}
+        bits = {name: torch.from_numpy(np.packbits(mask.numpy().reshape(-1))) for name, mask in self.items()}
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            temporary.write_bytes(_ordered(save(packed, metadata={"format": FORMAT, "shapes": shapes})))
+            temporary.write_bytes(_ordered(save(bits, metadata={"format": FORMAT, "shapes": shapes})))
+        if card:
+            write_card(path, self.card(path.name))
+
+    def card(self, file: str = "mask.safetensors") -> dict[str, Any]:
+        """What the card beside a file of this name says: counts, sparsity, layers, and what is known of how it was made.
+
+        Example:
+            >>> mask = Mask({"weight": torch.tensor([[1, 0]])}).described(method="random", seed=0)
+            >>> found = mask.card()
+            >>> found["method"], found["seed"], found["kept"], found["sparsity"]
+            ('random', 0, 1, 0.5)
+        """
+        return card(self, self.about, file)
+
+    def described(self, **about: Any) -> Mask:
+        """The same mask, of which this is known too; `live` is the number of live weights of each layer."""
+        found = copy.copy(self)
+        found.about = {**self.about, **about}
+        return found
 
     @property
     def kept(self) -> int:
@@ -122,7 +158,10 @@ class Mask(Mapping[str, Tensor]):
                     f"mask: expected only layers that may be pruned, got zeros for {name}; "
                     f"take it off `ignore`, or use a mask made for this network"
                 )
-        return self if list(self) == list(params) else Mask({name: self[name] for name in params})
+        if list(self) == list(params):
+            return self
+        about = {key: value for key, value in self.about.items() if key != "live"}
+        return Mask({name: self[name] for name in params}).described(**about)
 
     @torch.no_grad()
     def apply_(self, tensors: Mapping[str, Tensor]) -> None:
@@ -172,7 +211,7 @@ def density(mask: Tensor) -> float:
 def _as_bool(name: str, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TostError(f"mask {name}: expected a tensor, got {type(tensor).__name__}; convert it with torch.as_tensor")
-    if tensor.dtype != torch.bool and not _only_0_and_1(tensor):
+    if tensor.dtype != torch.bool and not only_0_and_1(tensor):
         raise TostError(
             f"mask {name}: expected only 0 and 1, got other values; pass the mask, not the weights "
             f"(Mask.from_zeros takes weights)"
@@ -190,24 +229,7 @@ def _ordered(file: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + file[end:]
 
 
-def _only_0_and_1(tensor: Tensor) -> bool:
-    tensor = comparable(tensor)
-    return bool(((tensor == 0) | (tensor == 1)).all())
-
-
-def _mask_entries(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    masks = {name.removesuffix("_mask"): tensor for name, tensor in tensors.items() if name.endswith("_mask")}
-    if masks:
-        return masks
-    if all(map(_only_0_and_1, tensors.values())):
-        return tensors
-    weights = {name: t for name, t in tensors.items() if t.ndim >= 2 and t.is_floating_point()}
-    if not weights:
-        raise TostError("expected masks or weights, got neither; save model.state_dict() or a dict name -> mask")
-    return {name: comparable(tensor) != 0 for name, tensor in weights.items()}
-
-
-def _unpack(path: Path, packed: dict[str, Tensor], metadata: dict[str, str]) -> Mask:
+def _unpack(path: Path, bits: dict[str, Tensor], metadata: dict[str, str]) -> Mask:
     try:
         shapes = json.loads(metadata["shapes"])
         masks = {}
@@ -215,10 +237,10 @@ def _unpack(path: Path, packed: dict[str, Tensor], metadata: dict[str, str]) -> 
             if not all(type(side) is int and side >= 0 for side in shape):
                 raise ValueError(f"in {name}")
             size = math.prod(shape)
-            if packed[name].dtype != torch.uint8 or packed[name].numel() != (size + 7) // 8:
+            if bits[name].dtype != torch.uint8 or bits[name].numel() != (size + 7) // 8:
                 raise ValueError(f"in {name}")
-            bits = np.unpackbits(packed[name].numpy(), count=size)
-            masks[name] = torch.from_numpy(bits).bool().reshape(shape)
+            kept = np.unpackbits(bits[name].numpy(), count=size)
+            masks[name] = torch.from_numpy(kept).bool().reshape(shape)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise TostError(
             f"mask file {path}: expected bits that fit the shapes it names, got a mismatch ({error}); "

@@ -248,7 +248,7 @@ def apply_changes(content: Mapping[str, Any], changes: list[str]) -> dict[str, A
 def _as_mask(value: Any, sparsity: float | None = None) -> dict[str, Any]:
     if isinstance(value, (str, Path)):
         is_kind = str(value) in MASKS
-        looks_like_file = Path(value).suffix or os.path.isfile(value)
+        looks_like_file = Path(value).suffix or os.path.exists(value)
         value = {"kind": "file", "path": str(value)} if not is_kind and looks_like_file else {"kind": str(value)}
     elif not isinstance(value, Mapping) or isinstance(value, Mask):
         raise TostError(f"mask: expected a kind, a path or a dict, got {value!r}; see tost recipes schema")

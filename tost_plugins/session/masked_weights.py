@@ -42,6 +42,7 @@ class MaskedWeights:
         # name -> what removed weights are in place of 0, itself 0 for the others
         self._instead = [] if instead is None else [instead[name].to(param) for name, param in weights.items()]
         self._count = sum(int(count_true(kept)) for kept in mask.values())
+        self.about: Mapping[str, Any] = {}  # how it was found, for its card
         self.moved: dict[str, float] = {}
         self.made: dict[str, Any] = {}  # what tweaks have made of the mask; empty again when it moves
         self._mask: Mask | None = mask if isinstance(mask, Mask) else None  # None: made when somebody asks
@@ -54,7 +55,7 @@ class MaskedWeights:
     def mask(self) -> Mask:
         """What is kept now, on the CPU."""
         if self._mask is None:
-            self._mask = Mask(self.kept)
+            self._mask = Mask(self.kept).described(**self.about)
         return self._mask
 
     @property

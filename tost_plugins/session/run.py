@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tost_plugins.masks.base import Alternating, Averaging, Moving, Scored
+from tost_plugins.masks.card import told
 from tost_plugins.masks.mask import Mask
 from tost_plugins.session import buffers, checks, kinds
 from tost_plugins.session.active_tweaks import ActiveTweaks
@@ -186,6 +187,8 @@ class Run:
     def _keep(self, weights: MaskedWeights) -> MaskedWeights:
         """Take over: loading may have put other parameters in place of those before."""
         before, self.weights = self.weights, weights
+        given, recipe = self.given_mask, self.recipe
+        weights.about = told(recipe.mask, recipe.seed) if given is None else given.about
         self._places = Places(self.model, weights.weights)
         if before is not None and before.release():
             weights.follow()

@@ -60,12 +60,24 @@ def convert(
     target: TargetArg,
     as_json: JsonOption = False,
 ) -> None:
-    """Write any mask (pruning state dict, dict of tensors, zeros of a checkpoint) as our packed file."""
+    """Write any mask (pruning state dict, dict of tensors, zeros of a checkpoint) as our packed file, with its card."""
     from tost_plugins.masks import Mask
 
     mask = Mask.load(path)
     mask.save(target)
     _show_mask(mask, target, as_json)
+
+
+@app.command("card")
+def card(
+    path: Annotated[Path, typer.Argument(help="A mask file, or any checkpoint.")], as_json: JsonOption = False
+) -> None:
+    """Print the card of a mask: method, settings, seed, data, what is kept and live, versions; what is not known is left out."""
+    from tost_plugins.masks import Mask
+    from tost_plugins.masks.card import text
+
+    found = Mask.load(path).card(path.name)
+    show(as_json, found, text(found))
 
 
 def export(

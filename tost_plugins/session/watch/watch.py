@@ -121,7 +121,7 @@ class Watcher:
             layers = owners(self.task.model, dict(self.task.params))
             return in_degree({n: kept.t() if is_transposed(layers.get(n)) else kept for n, kept in mask.items()})
         if name == "emergence":
-            mask.save(self.out / "masks" / f"step-{clock.step:08d}.safetensors")
+            mask.save(self.out / "masks" / f"step-{clock.step:08d}.safetensors", card=False)
             return [{"sparsity": mask.sparsity}]
         return _WITH_DATA[name](self.task, mask)
 
