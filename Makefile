@@ -21,7 +21,7 @@ test-long: .venv/installed
 
 # The same tests beside the newest torch, which Composer, and a torchvision to match, do not allow yet.
 test-newest: .venv-newest/installed
-	$(call PYTEST,composer torchvision timm datasets,.venv-newest) -n $(WORKERS) --dist worksteal
+	$(call PYTEST,composer torchvision timm datasets ray,.venv-newest) -n $(WORKERS) --dist worksteal
 
 # About 50 minutes on 2 cores that do nothing else; `.venv/bin/python benchmarks/run.py PART` measures one part.
 # sparsimony and OpenVINO are contenders where they can be had; the first asks for numpy 1, and works with 2.

@@ -29,6 +29,7 @@ OUTSIDE = {
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "ray",
 }
 MAY_REACH_OUTSIDE = {"lab"}
 
