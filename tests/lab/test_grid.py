@@ -138,7 +138,7 @@ def killer(checkpoints: Path, pid: Callable[[], int]) -> threading.Thread:
             time.sleep(0.005)
         os.kill(pid(), signal.SIGKILL)
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     return thread
 
