@@ -91,11 +91,13 @@ class Ray:
     def stop(self) -> None:
         for ref in self.running:
             self.ray.cancel(ref)
-        self.ray.wait(list(self.running), num_returns=len(self.running)) if self.running else None
+        if self.running:
+            self.ray.wait(list(self.running), num_returns=len(self.running))
 
     def close(self) -> None:
         if self.ours:
             self.ray.shutdown()
+            self._say(True)
 
     def _connect(self, address: str) -> None:
         host, _, port = address.rpartition(":")
@@ -109,8 +111,11 @@ class Ray:
                 f"--ray {address}: expected a Ray cluster that this machine is a node of, got none ({one_line(str(error))}); "
                 f"start one with: ray start --head"
             ) from None
-        # what nodes say of their dead goes to standard output else, log_to_driver or not
-        self.ray._private.worker._worker_logs_enabled = False
+        self._say(False)
+
+    def _say(self, aloud: bool) -> None:
+        """Whether nodes tell of their dead on standard output, as they do else, log_to_driver or not."""
+        self.ray._private.worker._worker_logs_enabled = aloud
 
     def _needs(self, cluster: Cluster) -> dict[str, float]:
         """What a cell asks for; raises TostError where no node has as much."""
