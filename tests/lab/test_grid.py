@@ -17,6 +17,7 @@ import pytest
 from command import refused, tost
 
 from tost_plugins import Mask, Recipe, TostError
+from tost_plugins.files.atomic import write
 from tost_plugins.lab import grid
 from tost_plugins.lab.grid.starts import start_with_signs
 from tost_plugins.lab.studies import registry as studies
@@ -130,6 +131,14 @@ def test_processes_stay_warm_and_one_that_dies_takes_only_its_cell_along(tmp_pat
     assert len({row["pid"] for row in rows}) < len(rows) and multiprocessing.active_children() == []
 
 
+def lingers(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
+    """Stays until it is killed, the first time."""
+    if not (folder / "pid").exists():
+        write(folder / "pid", str(os.getpid()))
+        time.sleep(3600)
+    return [{"pid": int((folder / "pid").read_text())}]
+
+
 def killer(checkpoints: Path, pid: Callable[[], int]) -> threading.Thread:
     """Kills a process, once, when the first checkpoint of a run is there."""
 
@@ -155,14 +164,20 @@ def test_a_process_killed_in_the_middle_of_a_cell_goes_on_from_its_checkpoint(tm
     assert networks[0] == networks[1]
 
 
-def test_a_script_without_a_main_guard_runs_a_grid(tmp_path: Path) -> None:
-    lines = ["from tost_plugins.lab import grid", "from test_grid import tiny", "import sys"]
-    (tmp_path / "script.py").write_text("\n".join([*lines, "print(len(grid.run([tiny('a')], sys.argv[1], 2)))"]))
-    done = subprocess.run(
-        [sys.executable, tmp_path / "script.py", tmp_path / "out"], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+def test_a_script_without_a_main_guard_runs_a_grid_whose_processes_end_with_it(tmp_path: Path) -> None:
+    lines = ["import sys", "from test_grid import grid, lingers, tiny"]
+    (tmp_path / "script.py").write_text("\n".join([*lines, "grid.run([tiny('a', measure=lingers)], sys.argv[1], 2)"]))
+    out, path = tmp_path / "out", os.pathsep.join(path for path in sys.path if path)
+    process = subprocess.Popen([sys.executable, tmp_path / "script.py", out], env={**os.environ, "PYTHONPATH": path})
+    while process.poll() is None and not (out / "a/pid").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    inner = int((out / "a/pid").read_text())
+    while Path(f"/proc/{inner}/cmdline").exists() and Path(f"/proc/{inner}/cmdline").read_bytes():
+        time.sleep(0.02)
+    (record,) = grid.run([tiny("a", measure=lingers)], out)  # nothing keeps it out of the folder
+    assert record["rows"] == [{"pid": inner}]
 
 
 def test_a_folder_is_for_one_grid_at_a_time(tmp_path: Path) -> None:
