@@ -131,8 +131,6 @@ def _listen(hears: Connection) -> None:
 
 def _work(cell: Cell, out: Path) -> Outcome:
     """A cell, in a process of the pool."""
-    if _stop_asked:
-        return Outcome("stopped")
     outcome = attempt(cell, out)
     gc.collect()
     if torch.cuda.is_initialized():  # others share the device
@@ -144,6 +142,8 @@ def attempt(cell: Cell, out: Path) -> Outcome:
     """A cell in a process that somebody else may interrupt: how it ended, in a line."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        if _stop_asked:
+            return Outcome("stopped")
         run_cell(cell, out)
         return Outcome("done")
     except (Stopped, KeyboardInterrupt):
