@@ -132,8 +132,8 @@ def _listen(hears: Connection) -> None:
 def _work(cell: Cell, out: Path) -> Outcome:
     """A cell, in a process of the pool."""
     outcome = attempt(cell, out)
-    gc.collect()
     if torch.cuda.is_initialized():  # others share the device
+        gc.collect()
         torch.cuda.empty_cache()
     return outcome
 
