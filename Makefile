@@ -21,7 +21,7 @@ test-long: .venv/installed
 
 # The same tests beside the newest torch, Composer's too: it pins an older one, and works here (docs/adapters.md).
 test-newest: .venv-newest/installed
-	PYTHONWARNINGS='ignore:Failed to load image' $(call PYTEST,timm datasets,.venv-newest) -n $(WORKERS) --dist worksteal
+	PYTHONWARNINGS='ignore:Failed to load image' $(call PYTEST,timm datasets ray,.venv-newest) -n $(WORKERS) --dist worksteal
 
 # The site, in site/; a link or an anchor that leads nowhere fails it (with --quiet none would: what is not shown is not
 # counted). Look at it: python3 -m http.server -d site

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Part -> the script that measures it, and about how many minutes it takes on 2 cores.
 PARTS = {"step": ("step", 13), "trainers": ("trainers", 7), "finding": ("finding", 12), "memory": ("memory", 3),
          "growth": ("growth", 3), "export": ("compact_export", 6), "startup": ("startup", 1), "train": ("end_to_end", 4),
-         "builds": ("builds", 8), "compact": ("compact", 8)}  # fmt: skip
+         "builds": ("builds", 8), "compact": ("compact", 8), "grid": ("grid", 12)}  # fmt: skip
 HEAD = """# What it costs
 
 Written by `make bench`; the raw rows, one for each contender and round, are in `docs/benchmarks/`. Contenders take turns, in a

@@ -31,6 +31,7 @@ OUTSIDE = {
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "ray",
 }
 MAY_REACH_OUTSIDE = {"lab"}
 

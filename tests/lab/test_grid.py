@@ -1,24 +1,30 @@
 """`tost study` and the grid below it: nothing runs twice, and what was killed goes on."""
 
+import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import tost
+from command import refused, tost
 
 from tost_plugins import Mask, Recipe, TostError
+from tost_plugins.files.atomic import write
 from tost_plugins.lab import grid
 from tost_plugins.lab.grid.starts import start_with_signs
 from tost_plugins.lab.studies import registry as studies
 from tost_plugins.lab.superpose import Cycles
 from tost_plugins.lab.train import prepare
+from tost_plugins.training.clock import Time
 from tost_plugins.training.params import prunable
 
 for needed in ("sklearn", "matplotlib", "scipy"):
@@ -72,27 +78,124 @@ def test_side_by_side_gives_what_one_after_another_gives(tmp_path: Path) -> None
         assert (a["folder"] / "model.safetensors").read_bytes() == (b["folder"] / "model.safetensors").read_bytes()
 
 
+def tiny(name: str, **rest: Any) -> grid.Cell:
+    """A run of two epochs of two steps, which has a checkpoint after each."""
+    content = {"name": name, "mask": {"kind": "random", "sparsity": 0.5}, "model": "cifar/resnet8", "duration": "2ep"}
+    recipe = Recipe.from_dict({**content, "data": {"name": "digits", "limit": 32, "batch_size": 16}})
+    return grid.Cell(name, recipe, {"name": name}, **rest)
+
+
+def refuses(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
+    raise TostError("expected the impossible, got what there is; ask for less")
+
+
+def breaks(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
+    raise ZeroDivisionError("of nothing")
+
+
+def dies(folder: Path, recipe: Recipe, times: int) -> list[dict[str, Any]]:
+    """Kills its process the first `times` times, and then says how often it was here."""
+    with (folder / "deaths").open("a") as file:
+        file.write("x")
+    here = (folder / "deaths").stat().st_size
+    if here <= times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [{"here": here, "pid": os.getpid()}]
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_cell_that_another_process_runs_is_left_for_later(jobs: int, tmp_path: Path) -> None:
-    fcntl = pytest.importorskip("fcntl")
-    cells = studies.cells("reinit", "smoke", TINY, 1)
-    parent, child, other = (
-        next(cell for cell in cells if start in cell.name)
-        for start in ("dnw-0.9-seed", "dnw-0.9-its_own_first_weights", "rigl-0.9-seed")
+def test_a_cell_that_fails_holds_up_its_children_alone(jobs: int, tmp_path: Path) -> None:
+    bad = tiny("bad", measure=refuses if jobs == 1 else breaks)
+    why = ("expected the impossible, got what there is", "its run ended with ZeroDivisionError: of nothing")[jobs - 1]
+    cells, told = [bad, tiny("child", parent="bad"), tiny("good"), tiny("grandchild", parent="child")], []
+    text = refused(lambda: grid.run(cells, tmp_path, jobs, listen=lambda event, v: told.append((event, v.get("name")))))
+    assert f"expected 4 runs to end well, got 3 that failed (bad: {why}" in text
+    assert "the same command runs those again" in text
+    assert [record["name"] for record in grid.finished(cells, tmp_path)] == ["good"]
+    told = [each for each in told if each[0] in ("failed", "cell")]
+    assert sorted(told) == [("cell", "good"), ("failed", "bad"), ("failed", "child"), ("failed", "grandchild")]
+    if jobs == 1:
+        assert refused(lambda: grid.run([bad], tmp_path)) == f"bad: {why}; ask for less"
+        assert len(grid.run([tiny("bad"), *cells[1:]], tmp_path)) == 4
+
+
+def test_processes_stay_warm_and_one_that_dies_takes_only_its_cell_along(tmp_path: Path) -> None:
+    cells = [tiny(f"c{n}", measure=dies, options={"times": 3 if n == 0 else 0}) for n in range(5)]
+    told = []
+    text = refused(
+        lambda: grid.run(cells, tmp_path, 2, listen=lambda event, values: told.append((event, values["name"])))
     )
-    (tmp_path / parent.name).mkdir()
-    order = []
-    with (tmp_path / parent.name / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as another process would
+    assert text == "c0: its process died"
+    others = [("cell", cell.name) for cell in cells[1:]]
+    assert sorted(told) == sorted([("again", "c0"), ("again", "c0"), ("failed", "c0"), *others])
+    rows = [record["rows"][0] for record in grid.finished(cells, tmp_path)]
+    assert [row["here"] for row in rows] == [1, 1, 1, 1]  # each of the others once
+    assert len({row["pid"] for row in rows}) < len(rows) and multiprocessing.active_children() == []
 
-        def listen(event: str, values: dict[str, Any]) -> None:
-            if event == "cell":
-                order.append(values["name"])
-                fcntl.flock(file, fcntl.LOCK_UN)
 
-        records = grid.run([parent, child, other], tmp_path, jobs, listen=listen)
-    assert order == [other.name, parent.name, child.name]
-    assert [record["name"] for record in records] == [parent.name, child.name, other.name]
+def lingers(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
+    """Stays until it is killed, the first time."""
+    if not (folder / "pid").exists():
+        write(folder / "pid", str(os.getpid()))
+        time.sleep(3600)
+    return [{"pid": int((folder / "pid").read_text())}]
+
+
+def killer(checkpoints: Path, pid: Callable[[], int]) -> threading.Thread:
+    """Kills a process, once, when the first checkpoint of a run is there."""
+
+    def kill() -> None:
+        while not checkpoints.exists() or not list(checkpoints.iterdir()):
+            time.sleep(0.005)
+        os.kill(pid(), signal.SIGKILL)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_process_killed_in_the_middle_of_a_cell_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    cell, again = tiny("c"), []
+    cell = dataclasses.replace(cell, recipe=cell.recipe.model_copy(update={"duration": Time.parse("40ep")}))
+    (whole,) = grid.run([cell], tmp_path / "whole")
+    thread = killer(tmp_path / "killed/c/checkpoints", lambda: multiprocessing.active_children()[0].pid or 0)
+    (killed,) = grid.run([cell], tmp_path / "killed", 2, listen=lambda event, v: again.append(event))
+    thread.join()
+    assert again == ["again", "cell"] and killed["result"] == whole["result"]
+    networks = [(record["folder"] / "model.safetensors").read_bytes() for record in (whole, killed)]
+    assert networks[0] == networks[1]
+
+
+def test_a_script_without_a_main_guard_runs_a_grid_whose_processes_end_with_it(tmp_path: Path) -> None:
+    lines = ["import sys", "from test_grid import grid, lingers, tiny"]
+    (tmp_path / "script.py").write_text("\n".join([*lines, "grid.run([tiny('a', measure=lingers)], sys.argv[1], 2)"]))
+    out, path = tmp_path / "out", os.pathsep.join(path for path in sys.path if path)
+    process = subprocess.Popen([sys.executable, tmp_path / "script.py", out], env={**os.environ, "PYTHONPATH": path})
+    while process.poll() is None and not (out / "a/pid").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    inner = int((out / "a/pid").read_text())
+    while Path(f"/proc/{inner}/cmdline").exists() and Path(f"/proc/{inner}/cmdline").read_bytes():
+        time.sleep(0.02)
+    (record,) = grid.run([tiny("a", measure=lingers)], out)  # nothing keeps it out of the folder
+    assert record["rows"] == [{"pid": inner}]
+
+
+def test_a_folder_is_for_one_grid_at_a_time(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    cells = [tiny("a"), tiny("b")]
+    seen = []
+
+    def meanwhile(event: str, values: dict[str, Any]) -> None:
+        if event == "cell":
+            refused(
+                lambda: grid.run(cells, tmp_path), "--out", tmp_path, "got one that is in use", "choose another folder"
+            )
+            seen.append(len(grid.finished(cells, tmp_path)))
+
+    assert len(grid.run(cells, tmp_path, listen=meanwhile)) == 2 and seen == [1, 2]
+    assert len(grid.run(cells, tmp_path)) == 2
 
 
 def test_a_ticket_is_found_once_and_then_trained_with_every_tweak(tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
-"""`tost reproduce`: the published numbers, the runs beside them, and one folder that several processes fill."""
+"""`tost reproduce`: the published numbers, the runs beside them, and what is done of them so far."""
 
 import csv
 import json
 import os
-import re
+import signal
 import subprocess
 import sys
-from collections import Counter
+import time
 from pathlib import Path
 
 import pytest
@@ -131,23 +131,33 @@ def test_table_5_has_gains_only(tmp_path: Path) -> None:
     assert Mask.load(tmp_path / "lottery_ticket-0-plain-seed0/mask.safetensors").sparsity == 0
 
 
-@pytest.mark.parametrize("jobs", [(1, 1), (1, 2)])
-def test_two_processes_fill_one_folder(jobs: tuple[int, int], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tost_plugins", "reproduce", *TINY, "--seeds", "3", "--out", str(tmp_path)]
-    both = [
-        subprocess.Popen([*command, "--jobs", str(n)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                         env=os.environ | {"COLUMNS": "200"})
-        for n in jobs
-    ]  # fmt: skip
-    said = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    tables = [out[: out.index("picture:")] for out, _ in said]
-    assert tables[0] == tables[1] and "random 95 %" in tables[0] and "3 seeds" in tables[0]
-    begun = Counter(name for _, log in said for name in re.findall(r"^(\S+ \(seed \d\)): cifar", log, re.MULTILINE))
-    names = [f"random-95-{training} (seed {seed})" for training in ("plain", "tost") for seed in range(3)]
-    assert max(begun.values(), default=0) <= 1 and begun.keys() <= set(names)
-    if jobs == (1, 1):  # runs in processes of their own say nothing here
-        assert begun.keys() == set(names)
+def test_what_is_done_is_shown_while_another_process_runs_the_rest(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    command = [
+        sys.executable,
+        "-m",
+        "tost_plugins",
+        "reproduce",
+        *TINY,
+        "--seeds",
+        "3",
+        "--out",
+        str(tmp_path),
+        "--json",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    while process.poll() is None and len(list(tmp_path.glob("*/cell.json"))) < 2:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGSTOP)  # in the middle of it
+    try:
+        shown = json.loads(table(*TINY, "--seeds", "3", "--out", tmp_path, "--finished", "--json"))
+        assert 0 < shown["left"] < 6 and shown["summary"][0]["seeds"] >= 1
+        with pytest.raises(TostError, match="expected a folder that no other process works in, got one that is in use"):
+            table(*TINY, "--seeds", "3", "--out", tmp_path)
+    finally:
+        process.send_signal(signal.SIGCONT)
+    said = process.communicate(timeout=300)
+    assert process.returncode == 0 and json.loads(said[0])["summary"][0]["seeds"] == 3, said
 
 
 def test_what_cannot_be_reproduced_is_one_line() -> None:

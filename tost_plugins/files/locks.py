@@ -1,29 +1,40 @@
-"""One process at a time in a folder, also when they are on several machines."""
+"""One process at a time in a folder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+
+from tost_plugins.errors import TostError
 
 
 @contextmanager
-def alone(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """One process at a time works in a folder: whether this one may, which `wait` makes sure of. Another may be on
-    another machine, or that of a cell of a grid that was killed, which is still running by itself."""
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made, as long as this one is in it; it may die and lets go of it.
+
+    Raises TostError where another one is in it. On Windows, and on a file system without locks, nobody is kept out.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with alone(folder):  # doctest: +ELLIPSIS
+        ...     with alone(folder):
+        ...         pass
+        Traceback (most recent call last):
+        tost_plugins.errors.TostError: --out ...: expected a folder that no other process works in, got one that is in use; ...
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        yield _locked(file, wait)  # closing the file, also by dying, lets go of it
+    with (folder / "lock").open("w") as file:  # closing it lets go
+        try:
+            import fcntl
 
-
-def _locked(file: TextIO, wait: bool) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # Windows: nobody else is kept out
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TostError(
+                f"--out {folder}: expected a folder that no other process works in, got one that is in use; wait for "
+                f"that one, or choose another folder"
+            ) from None
+        except (ImportError, OSError):
+            pass
+        yield

@@ -23,14 +23,14 @@ def compare(
     seeds: int = 3,
     resume: bool = False,
     listen: Listener = silent,
-    jobs: int = 1,
+    jobs: int | grid.Cluster = 1,
 ) -> dict[str, Any]:
     """Train a recipe on `seeds` seeds (recipe.seed, +1, ...) with its tweaks and without, on equal masks and data.
 
     A mask that moves starts as the same one, and goes its own way in each.
     Returns `rows` (one per seed: plain, tost, difference, in points of test accuracy), their `mean` and `std` (over
     seeds; 0 for one seed), and all `runs`. Finished runs in `out` are not run again with `resume`; `jobs` run side by
-    side.
+    side, or as many as a cluster has room for.
     """
     if not recipe.tweaks:
         raise TostError("tost compare: expected a recipe with tweaks, got none; add some, or use tost train")

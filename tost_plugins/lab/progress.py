@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tost_plugins.errors import one_line
 
-#: What a run tells while it goes on: ("run", {...}), ("step", {...}), ("epoch", {...}); many of them also "cell" or "round".
+#: What a run tells while it goes on: ("run", {...}), ("step", {...}), ("epoch", {...}); many of them also "cell",
+#: "failed" and "again", or "round".
 Listener = Callable[[str, dict[str, Any]], None]
 
 
@@ -45,7 +46,12 @@ def progress(quiet: bool) -> Iterator[Listener]:
                 left = f", about {duration(values['seconds_left'])} left" if values["done"] < values["total"] else ""
                 text = f"{values['done']} of {values['total']}: {values['name']}, {duration(values['seconds'])}{left}"
                 bar.console.print(text, highlight=False)
-                bar.update(task, description="", completed=0)
+                bar.reset(task, total=values["total"], completed=values["done"], description="runs")
+            elif event == "failed":
+                bar.console.print(f"failed: {values['said']}", highlight=False, markup=False)
+            elif event == "again":
+                text = f"{values['said']}; it goes on from its checkpoint (go {values['go']} of {values['of']})"
+                bar.console.print(text, highlight=False, markup=False)
             elif event == "round":
                 shown = {
                     key: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for key, value in values.items()

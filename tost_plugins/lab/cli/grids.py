@@ -9,7 +9,19 @@ import typer
 from typer.core import TyperGroup
 
 from tost_plugins.errors import TostError
-from tost_plugins.lab.cli.arguments import DryRunOption, JobsOption, JsonOption, SeedsOption, SetOption, show, show_plan
+from tost_plugins.lab.cli.arguments import (
+    CpusOption,
+    DryRunOption,
+    GpusOption,
+    JobsOption,
+    JsonOption,
+    RayOption,
+    SeedsOption,
+    SetOption,
+    show,
+    show_plan,
+    workers,
+)
 from tost_plugins.lab.progress import progress
 
 _TABLES = "table2, table3, table4, table5, or table2-cifar100, table2-resnet50, table2-resnet50-cifar100."
@@ -21,7 +33,10 @@ def reproduce(
     masks: Annotated[list[str], typer.Option(help="Only these, like random,snip (repeatable).")] = [],
     sparsities: Annotated[list[str], typer.Option(help="Only these, in percent, like 95,98.")] = [],
     seeds: SeedsOption = 3,
-    jobs: JobsOption = 1,
+    jobs: JobsOption = None,
+    ray: RayOption = None,
+    cpus: CpusOption = None,
+    gpus: GpusOption = None,
     set_: SetOption = [],
     out_dir: Annotated[Path | None, typer.Option("--out", help="The folder; default: runs/TABLE-PROTOCOL.")] = None,
     dry_run: DryRunOption = False,
@@ -32,12 +47,12 @@ def reproduce(
     from tost_plugins.lab import reproduce as tables
     from tost_plugins.lab.report import table
 
-    folder = out_dir or Path(f"runs/{name}-{protocol}")
+    folder, where = out_dir or Path(f"runs/{name}-{protocol}"), workers(jobs, ray, cpus, gpus)
     chosen = (protocol, _listed(masks), _percents(sparsities), set_, seeds)
     if dry_run:
-        return show_plan(as_json, tables.plan(tables.cells(name, *chosen), folder, jobs))
+        return show_plan(as_json, tables.plan(tables.cells(name, *chosen), folder, where))
     with progress(as_json) as listen:
-        result = tables.run(name, folder, *chosen, jobs, listen, train=not finished)
+        result = tables.run(name, folder, *chosen, where, listen, train=not finished)
     show(
         as_json,
         {key: result[key] for key in ("study", "about", "title", "paper", "left", "summary")},
@@ -76,7 +91,10 @@ def study_run(
     name: Annotated[str, typer.Argument(help="A study of `tost study list`.")],
     size: Annotated[str, typer.Option(help="smoke (digits), cpu (a part of CIFAR-10) or paper.")] = "smoke",
     out_dir: Annotated[Path | None, typer.Option("--out", help="The folder; default: runs/study-NAME-SIZE.")] = None,
-    jobs: JobsOption = 1,
+    jobs: JobsOption = None,
+    ray: RayOption = None,
+    cpus: CpusOption = None,
+    gpus: GpusOption = None,
     seeds: Annotated[int | None, typer.Option(help="How many seeds; default: the size's own.")] = None,
     set_: SetOption = [],
     dry_run: DryRunOption = False,
@@ -87,11 +105,11 @@ def study_run(
     from tost_plugins.lab.report import table
     from tost_plugins.lab.studies import registry as studies
 
-    folder = out_dir or Path(f"runs/study-{name}-{size}")
+    folder, where = out_dir or Path(f"runs/study-{name}-{size}"), workers(jobs, ray, cpus, gpus)
     if dry_run:
-        return show_plan(as_json, grid.outlook(studies.cells(name, size, set_, seeds), folder, jobs))
+        return show_plan(as_json, grid.outlook(studies.cells(name, size, set_, seeds), folder, where))
     with progress(as_json) as listen:
-        result = studies.run(name, folder, size, set_, seeds, jobs, listen)
+        result = studies.run(name, folder, size, set_, seeds, where, listen)
     rows = result["summary"]
     show(
         as_json,

@@ -8,14 +8,18 @@ from typing import Annotated
 import typer
 
 from tost_plugins.lab.cli.arguments import (
+    CpusOption,
+    GpusOption,
     JobsOption,
     JsonOption,
+    RayOption,
     RecipeArg,
     ResumeOption,
     SeedsOption,
     SetOption,
     recipe_of,
     show,
+    workers,
 )
 from tost_plugins.lab.progress import progress
 
@@ -47,7 +51,10 @@ def compare(
     set_: SetOption = [],
     seeds: SeedsOption = 3,
     out_dir: Annotated[Path, typer.Option("--out", help="The comparison's folder.")] = Path("runs/compare"),
-    jobs: JobsOption = 1,
+    jobs: JobsOption = None,
+    ray: RayOption = None,
+    cpus: CpusOption = None,
+    gpus: GpusOption = None,
     resume: ResumeOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -55,9 +62,9 @@ def compare(
     from tost_plugins.lab import report
     from tost_plugins.lab.compare import compare as run
 
-    content = recipe_of(recipe, set_)
+    content, where = recipe_of(recipe, set_), workers(jobs, ray, cpus, gpus)
     with progress(as_json) as listen:
-        result = run(content, out_dir, seeds, resume, listen, jobs)
+        result = run(content, out_dir, seeds, resume, listen, where)
     rows = report.comparison_rows(result)
     report.write_csv(out_dir / "comparison.csv", rows)
     report.comparison_figure(result, out_dir / "comparison.png")

@@ -12,7 +12,6 @@ from typing import Any
 
 from tost_plugins.errors import TostError
 from tost_plugins.files.atomic import write
-from tost_plugins.files.locks import alone
 from tost_plugins.lab.grid.starts import shuffled, start_with_signs
 from tost_plugins.lab.lottery import lottery
 from tost_plugins.lab.progress import Listener, silent
@@ -57,28 +56,24 @@ class Cell:
         return json.loads(json.dumps(described))
 
 
-def run_cell(cell: Cell, out: Path, listen: Listener = silent) -> Record | None:
-    """Run one cell in this process; its record, or None where another process is running it."""
+def run_cell(cell: Cell, out: Path, listen: Listener = silent) -> None:
+    """Run one cell in this process, unless it is done; its record is in its folder then."""
+    if record_of(cell, out) is not None:
+        return
     folder = out / cell.name
-    with alone(folder) as mine:
-        if not mine:
-            return None
-        if (found := record_of(cell, out)) is not None:
-            return found
-        watch, mask = _Stopwatch(listen), _structure(cell, out)
-        try:
-            if isinstance(cell.recipe.mask, LotteryTicket):
-                lottery(cell.recipe, folder, True, watch)
-            elif cell.cycles is not None:
-                superpose(cell.recipe, folder, cell.cycles, True, watch)
-            else:
-                train(cell.recipe, folder, True, mask, watch, initial=start_with_signs if cell.constant_sign else None)
-            rows = cell.measure(last_run(folder), cell.recipe, **cell.options) if cell.measure else []
-        except TostError as error:
-            raise error.at(cell.name) from None
-        record = {"cell": cell.described(), "rows": rows, "seconds": watch.total(), "step_seconds": watch.step()}
-        write(folder / "cell.json", json.dumps(record, indent=1))
-        return record_of(cell, out) or record
+    watch, mask = _Stopwatch(listen), _structure(cell, out)
+    try:
+        if isinstance(cell.recipe.mask, LotteryTicket):
+            lottery(cell.recipe, folder, True, watch)
+        elif cell.cycles is not None:
+            superpose(cell.recipe, folder, cell.cycles, True, watch)
+        else:
+            train(cell.recipe, folder, True, mask, watch, initial=start_with_signs if cell.constant_sign else None)
+        rows = cell.measure(last_run(folder), cell.recipe, **cell.options) if cell.measure else []
+    except TostError as error:
+        raise error.at(cell.name) from None
+    record = {"cell": cell.described(), "rows": rows, "seconds": watch.total(), "step_seconds": watch.step()}
+    write(folder / "cell.json", json.dumps(record, indent=1))
 
 
 def last_run(folder: Path) -> Path:

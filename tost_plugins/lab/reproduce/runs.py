@@ -60,14 +60,14 @@ def run(
     sparsities: Sequence[float] = (),
     changes: Sequence[str] = (),
     seeds: int = 3,
-    jobs: int = 1,
+    jobs: int | grid.Cluster = 1,
     listen: Listener = silent,
     train: bool = True,
 ) -> dict[str, Any]:
     """Run a table in `out`: its cells, then NAME.csv, NAME.json and NAME.png there; returns what NAME.json holds.
 
-    Cells that are finished are not run again, and one that was stopped goes on; other processes may work in the same
-    folder. Without `train` the table is of what is finished so far. Raises TostError where that is nothing.
+    Cells that are finished are not run again, and one that was stopped goes on. Without `train` the table is of what is
+    finished so far, also while another process runs the rest. Raises TostError where that is nothing.
     """
     out, made = Path(out), cells(name, protocol, masks, sparsities, changes, seeds)
     records = grid.run(made, out, jobs, listen=listen) if train else grid.finished(made, out)
@@ -90,7 +90,7 @@ def run(
     )
 
 
-def plan(made: Sequence[grid.Cell], out: str | Path, jobs: int = 1) -> dict[str, Any]:
+def plan(made: Sequence[grid.Cell], out: str | Path, jobs: int | grid.Cluster = 1) -> dict[str, Any]:
     """`grid.outlook`, with the number of `trainings` in all cells: a lottery ticket is one for each round."""
     tickets = [cell.recipe.mask.sparsities() for cell in made if isinstance(cell.recipe.mask, LotteryTicket)]
     return {**grid.outlook(made, out, jobs), "trainings": len(made) + sum(len(rounds) - 1 for rounds in tickets)}

@@ -64,7 +64,7 @@ def run(
     size: str = "smoke",
     changes: Sequence[str] = (),
     seeds: int | None = None,
-    jobs: int = 1,
+    jobs: int | grid.Cluster = 1,
     listen: Listener = silent,
 ) -> dict[str, Any]:
     """Run a study in `out`: its cells, then NAME.csv (all rows), NAME-summary.csv, NAME.json and NAME.png there.

@@ -1,0 +1,123 @@
+"""What the runner of grids costs: beside a bare loop over two processes, and on a Ray cluster one of whose nodes is killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from interleave import Ratio, Row, timed
+
+from tost_plugins.lab.grid import Cell, Cluster, finished, run
+from tost_plugins.lab.train import train
+from tost_plugins.recipe.recipe import Recipe
+
+TITLE = "Grids of runs"
+ABOUT = """
+A grid of 24 trainings of a second each (80 steps of `cifar/resnet8` on digits, one thread), `--jobs 2`, beside a bare loop: the
+same trainings in a pool of two processes, without records, folders that go on, or anything else; both from a start without
+processes to their end. Then 200 trainings of 0.2 s on Ray, on 4 nodes of one CPU each on this machine, and the same with one of
+the nodes killed twice (SIGKILL to all its processes, after 60 and after 130 trainings) and put back each time.
+What was lost then, and the time that the node was away, are not taken off. The machine was not idle.
+"""
+RATIOS = [
+    Ratio("tost's grid, to a bare loop over two processes", "grid", "bare loop", most=1.15),
+    Ratio("one node killed twice, to undisturbed", "killed", "undisturbed", most=1.2),
+    Ratio("trainings begun again", "begun again", unit=""),
+    Ratio("trainings that ended other than once", "not once", most=0, unit=""),
+]
+_STORE = 80 * 2**20
+
+
+def cells(count: int, steps: int) -> list[Cell]:
+    """Trainings that differ in their seeds."""
+    data = {"name": "digits", "limit": 128, "batch_size": 32}
+    content = {"mask": {"kind": "random", "sparsity": 0.5}, "model": "cifar/resnet8", "data": data}
+    return [
+        Cell(f"c{seed:03d}", Recipe.from_dict({**content, "name": "grid", "duration": f"{steps}ba", "seed": seed}),
+             {"seed": seed}, measure=ended)
+        for seed in range(count)
+    ]  # fmt: skip
+
+
+def ended(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
+    """Leaves a mark that this training has come to its end."""
+    with (folder / "ends").open("a") as file:
+        file.write("x")
+    return []
+
+
+def measure(small: bool) -> Iterator[Row]:
+    """The rows."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    made = cells(4 if small else 24, 4 if small else 80)
+    contenders = {"grid": partial(_grid, made), "bare loop": partial(_bare, made)}
+    yield from timed(f"{len(made)} trainings of a second", contenders, 1 if small else 3, warm_up=0)
+    yield from _on_ray(cells(8 if small else 200, 2 if small else 10), 1 if small else 2)
+
+
+def _grid(made: list[Cell]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run(made, folder, 2)
+
+
+def _bare(made: list[Cell]) -> None:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _alone) as pool,
+    ):
+        for future in [pool.submit(train, cell.recipe, Path(folder, cell.name)) for cell in made]:
+            future.result()
+
+
+def _alone() -> None:
+    """As the grid's processes are."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+
+
+def _on_ray(made: list[Cell], count: int) -> Iterator[Row]:
+    """The same cells undisturbed and with a node killed, in turn."""
+    from ray.cluster_utils import Cluster as Nodes
+
+    case = f"{len(made)} trainings on 4 nodes"
+    for turn in range(count):
+        for name in ("undisturbed", "killed")[:: 1 if turn % 2 == 0 else -1]:
+            temporary = tempfile.mkdtemp(prefix="r", dir="/tmp")
+            head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": _STORE, "temp_dir": temporary}
+            nodes = Nodes(initialize_head=True, head_node_args=head)
+            victims = [nodes.add_node(num_cpus=1, object_store_memory=_STORE) for _ in range(4)][-1:]
+            with tempfile.TemporaryDirectory() as folder:
+                listen, again = _killer(nodes, victims, len(made) if name == "killed" else 0)
+                start = time.perf_counter()
+                run(made, folder, Cluster(nodes.address, gpus=0), listen=listen)
+                yield Row(case, name, turn, time.perf_counter() - start, "s")
+                ends = [len((record["folder"] / "ends").read_text()) for record in finished(made, folder)]
+            nodes.shutdown()
+            shutil.rmtree(temporary, ignore_errors=True)
+            if name == "killed":
+                yield Row(case, "begun again", turn, len(again), "")
+                yield Row(case, "not once", turn, len(made) - ends.count(1), "")
+
+
+def _killer(nodes: Any, victims: list[Any], total: int) -> tuple[Callable[[str, dict[str, Any]], None], list[str]]:
+    """What kills a node twice in the course of a grid and brings it back, and the names of the cells that began again."""
+    again: list[str] = []
+    moments = [int(total * 0.3), int(total * 0.65)] if total else []
+
+    def listen(event: str, values: dict[str, Any]) -> None:
+        if event == "again":
+            again.append(values["name"])
+        elif event == "cell" and values["done"] in moments:
+            nodes.remove_node(victims.pop(), allow_graceful=False)
+            victims.append(nodes.add_node(num_cpus=1, object_store_memory=_STORE))
+
+    return listen, again

@@ -1,0 +1,156 @@
+"""Cells side by side in processes of this machine, which stay warm from one cell to the next."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from tost_plugins.errors import TostError, one_line
+from tost_plugins.lab.grid.cell import Cell, run_cell
+from tost_plugins.lab.grid.order import Outcome
+from tost_plugins.lab.job import Stopped
+
+_stop_asked = False  # in a process of the pool: no cell begins any more
+
+
+class Pool:
+    """Up to `jobs` cells side by side. Each process is a pool of its own, so that one that dies takes only its cell along."""
+
+    def __init__(self, out: Path, jobs: int) -> None:
+        self.out, self.jobs = out, jobs
+        self.idle, self.running = list[_Process](), dict[Future[Outcome], tuple[Cell, _Process]]()
+
+    def room(self) -> int:
+        return self.jobs
+
+    at_once = room
+
+    def start(self, cell: Cell) -> None:
+        process = self.idle.pop() if self.idle else self._process()
+        with _unheard():
+            try:
+                future = process.pool.submit(_work, cell, self.out)
+            except BrokenProcessPool:  # it has died since its last cell
+                process.close()
+                process = self._process()
+                future = process.pool.submit(_work, cell, self.out)
+            self.running[future] = cell, process
+
+    def _process(self) -> _Process:
+        return _Process(max(1, (os.cpu_count() or 1) // self.jobs))
+
+    def ended(self) -> list[tuple[Cell, Outcome]]:
+        found = []
+        for future in wait(self.running, return_when=FIRST_COMPLETED).done:
+            cell, process = self.running.pop(future)
+            try:
+                found.append((cell, future.result()))
+                self.idle.append(process)
+            except BrokenProcessPool:
+                process.close()
+                found.append((cell, Outcome("died", f"{cell.name}: its process died")))
+        return found
+
+    def stop(self) -> None:
+        for _, process in self.running.values():
+            process.stop()
+        wait(self.running)
+
+    def close(self) -> None:
+        for process in (*self.idle, *(process for _, process in self.running.values())):
+            process.close()
+
+
+class _Process:
+    """One process, and the way to tell it to stop, which it notices as well when this process dies."""
+
+    def __init__(self, threads: int) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.hears, self.says = spawn.Pipe(duplex=False)
+        self.pool = ProcessPoolExecutor(1, spawn, _begin, (self.hears, threads))
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):  # it has died meanwhile
+            self.says.send_bytes(b"stop")
+
+    def close(self) -> None:
+        """End it, also in the middle of a cell."""
+        self.says.close()
+        self.pool.shutdown(cancel_futures=True)
+        self.hears.close()
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+    """Around the start of a process: it will not hear the terminal's Ctrl-C, since it is told over its pipe, and does not run
+    the caller's script once more, which may have no `if __name__ == "__main__"`."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if os.name == "posix" else None
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+        if blocked is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _begin(hears: Connection, threads: int) -> None:
+    """What a process does before its first cell: it is silent, has its share of the cores, and listens."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+    threading.Thread(target=_listen, args=(hears,), daemon=True).start()
+
+
+def _listen(hears: Connection) -> None:
+    global _stop_asked
+    try:
+        hears.recv_bytes()
+    except (EOFError, OSError):  # the process that it works for is gone
+        os._exit(1)
+    _stop_asked = True
+    _thread.interrupt_main()
+
+
+def _work(cell: Cell, out: Path) -> Outcome:
+    """A cell, in a process of the pool."""
+    outcome = attempt(cell, out)
+    if torch.cuda.is_initialized():  # others share the device
+        gc.collect()
+        torch.cuda.empty_cache()
+    return outcome
+
+
+def attempt(cell: Cell, out: Path) -> Outcome:
+    """A cell in a process that somebody else may interrupt: how it ended, in a line."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if _stop_asked:
+            return Outcome("stopped")
+        run_cell(cell, out)
+        return Outcome("done")
+    except (Stopped, KeyboardInterrupt):
+        return Outcome("stopped")
+    except TostError as error:
+        return Outcome("failed", str(error))
+    except Exception as error:
+        return Outcome("failed", one_line(f"{cell.name}: its run ended with {type(error).__name__}: {error}"))
+    finally:
+        signal.signal(signal.SIGINT, before)
