@@ -59,6 +59,9 @@ def test_a_mask_brings_its_card_along_and_another_one_does_not(tmp_path: Path) -
     assert loaded.card() == mask.card() and loaded == mask
     loaded.save(tmp_path / "copy.safetensors")
     assert card_of(tmp_path / "copy.safetensors") == {**card_of(path), "file": "copy.safetensors"}
+    before = path.with_name(f"{path.name}.card.json").read_bytes()
+    Mask(dict(mask)).save(path)  # who knows nothing of it takes nothing away
+    assert path.with_name(f"{path.name}.card.json").read_bytes() == before
     Mask.dense(mask).save(path, card=False)  # another program writes another mask there
     assert Mask.load(path).about == {}
     for content in ("", "[]", "[" * 100_000, '{"checksum": 1}', json.dumps({"checksum": mask.card()["checksum"]}),

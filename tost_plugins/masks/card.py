@@ -56,7 +56,7 @@ def card(mask: Mapping[str, Tensor], about: Mapping[str, Any], file: str, of: st
         row["live"] = int(live[row["layer"]])
     kept, size = sum(row["kept"] for row in layers), sum(row["size"] for row in layers)
     found: dict[str, Any] = {"card": VERSION, "of": of, "file": file}
-    found |= {key: value for key, value in about.items() if key not in _COMPUTED}
+    found |= {key: value for key, value in about.items() if key not in (*_COMPUTED, "versions")}
     found |= {"kept": kept, "size": size, "sparsity": _share(kept, size)}
     if layers and "live" in layers[0]:
         count = sum(row["live"] for row in layers)

@@ -92,8 +92,8 @@ class Mask(Mapping[str, Tensor]):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_bytes(_ordered(save(bits, metadata={"format": FORMAT, "shapes": shapes})))
-        if card:
-            write_card(path, self.card(path.name))
+        if card:  # one of this very mask may know more of it already
+            write_card(path, self.described(**{**read_card(path, self), **self.about}).card(path.name))
 
     def card(self, file: str = "mask.safetensors") -> dict[str, Any]:
         """What the card beside a file of this name says: counts, sparsity, layers, and what is known of how it was made.
