@@ -5,7 +5,7 @@ Each entry says by hand how many of its convolutions are spatial and not the ste
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import pytest
@@ -297,3 +297,10 @@ OWN: dict[str, Entry] = {
     "volume": Entry(_volume, (1, 8, 8, 8), 1),
 }
 ZOO = LIBRARIES | OWN
+#: The largest, which go the same ways as their smaller kin: where they would take a suite's minutes they are `long`.
+LARGE = ("torchvision/resnet50", "torchvision/vgg16", "torchvision/vgg16_bn")
+
+
+def some_long(names: Iterable[str]) -> list[Any]:
+    """The names as values of a parametrized test, in which the largest networks are `long`."""
+    return [pytest.param(name, marks=pytest.mark.long) if name in LARGE else name for name in names]

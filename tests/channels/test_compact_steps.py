@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from zoo import ZOO, Pool, build, data, inputs, logits
+from zoo import ZOO, Pool, build, data, inputs, logits, some_long
 
 from tost_plugins import Mask, Session
 from tost_plugins.channels.slices import slices_of
@@ -109,7 +109,7 @@ def close(one: Any, two: Any, share: float = 1e-8) -> None:
         torch.testing.assert_close(mine, other, rtol=share, atol=share * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("name", [*ZOO, *CIFAR])
+@pytest.mark.parametrize("name", some_long([*ZOO, *CIFAR]))
 def test_a_compact_run_is_the_whole_one(name: str) -> None:
     net, loader = network(name), batches(name)
     mask = with_dead_channels(net)

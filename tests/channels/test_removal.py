@@ -60,7 +60,7 @@ def same(small: nn.Module, plain: nn.Module, images: Tensor) -> bool:
     return ours.shape == theirs.shape and float((ours - theirs).abs().max()) <= 1e-10 * float(theirs.abs().max())
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", zoo.some_long(NETS))
 def test_a_compact_network_computes_the_same_with_fewer_parameters(name: str) -> None:
     net, images = network(name)
     net = net.double()  # float32 rounds what goes into a bias

@@ -113,7 +113,7 @@ def test_a_cluster_gives_what_one_after_another_gives(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("what", ["worker", "node"])
+@pytest.mark.parametrize("what", ["worker", pytest.param("node", marks=pytest.mark.long)])
 def test_what_is_killed_goes_on_from_its_checkpoint(
     nodes: Any, what: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +145,7 @@ def test_what_is_killed_goes_on_from_its_checkpoint(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.long
 def test_the_command_stops_at_ctrl_c_and_goes_on(nodes: Any, tmp_path: Path) -> None:
     changes = ["data.limit=64", "data.batch_size=32", "model=cifar/resnet8", "duration=30ep"]
     command = [sys.executable, "-m", "tost_plugins", "compare", "quickstart", "--seeds", "1", "--json", "--resume"]

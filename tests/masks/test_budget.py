@@ -61,7 +61,7 @@ def test_where_all_that_is_kept_is_live_it_is_the_same_mask(kind: str) -> None:
     ("name", "kind", "sparsity"),
     [
         ("mobilenet_v2", "random", 0.995),
-        ("vgg16", "snip", 0.995),
+        pytest.param("vgg16", "snip", 0.995, marks=pytest.mark.long),
     ],
 )
 def test_networks_that_lose_every_path_otherwise(name: str, kind: str, sparsity: float) -> None:

@@ -285,7 +285,7 @@ def test_an_unknown_key_of_every_tweak(kind: str) -> None:
         ({**PLAIN, "tweaks": [{"kind": "ghost_skip", "schedule": "step"}]}, "tweaks.0.schedule: expected .*'cubic', got 'step'"),
         ({**PLAIN, "seed": -1}, "seed: expected .*got -1"),
         ({**PLAIN, "seed": 1.5}, "seed: expected .*got 1.5"),
-        ({**PLAIN, "trainer": "lightning"}, "trainer: expected .*'torch', got 'lightning'"),
+        ({**PLAIN, "trainer": "keras"}, "trainer: expected .*'torch', got 'keras'"),
         ({**PLAIN, "optimizer": {"lr": 0, "momentum": 2}}, r"optimizer.lr: expected .*greater than 0, got 0; .*\(and 1 more\)"),
         ({**PLAIN, 3: 4}, "3: expected keys should be strings, got 3"),
     ],

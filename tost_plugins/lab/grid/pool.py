@@ -21,13 +21,13 @@ import torch
 
 from tost_plugins.errors import TostError, one_line
 from tost_plugins.lab.grid.cell import Cell, run_cell
-from tost_plugins.lab.grid.order import Outcome
+from tost_plugins.lab.grid.order import Engine, Outcome
 from tost_plugins.lab.job import Stopped
 
 _stop_asked = False  # in a process of the pool: no cell begins any more
 
 
-class Pool:
+class Pool(Engine):
     """Up to `jobs` cells side by side. Each process is a pool of its own, so that one that dies takes only its cell along."""
 
     def __init__(self, out: Path, jobs: int) -> None:
