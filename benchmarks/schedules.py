@@ -83,6 +83,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "sparse init": [{"kind": "sparse_init"}],
     "sharpness": [{"kind": "sharpness"}],
     "init, smooth 0.05, skip 0.1, soft 0.1": [INIT, SMOOTH, skip(0.1), soft(0.1)],
+    "all four, multiplicative": [INIT, SMOOTH, skip(0.1), soft(0.1), {"kind": "multiplicative"}],
 }
 
 
