@@ -12,7 +12,8 @@ from tost_plugins.errors import TostError
 from tost_plugins.files.arrays import is_exported, is_numpy, is_script, read_exported, read_numpy, read_script
 from tost_plugins.files.distributed import read_distributed
 from tost_plugins.files.folders import is_distributed, is_index, locate, shards
-from tost_plugins.files.tensors import flatten, read_tensors
+from tost_plugins.files.nested import flatten
+from tost_plugins.files.tensors import read_tensors
 
 
 class Contents(NamedTuple):

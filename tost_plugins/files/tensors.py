@@ -13,6 +13,7 @@ from torch import Tensor
 from tost_plugins.errors import TostError
 from tost_plugins.files import pickles
 from tost_plugins.files.atomic import replacing
+from tost_plugins.files.nested import flatten
 from tost_plugins.training.params import clean_name
 
 
@@ -41,24 +42,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     }
     with replacing(path) as temporary:
         save_file(copies, str(temporary))
-
-
-def flatten(content: object, path: Path | str) -> dict[str, Tensor]:
-    """The state dict inside a loaded checkpoint: `state_dict`, `model`, `state` and the like are opened. What TostLightning has
-    put beside it, under `tost`, is part of it."""
-    if isinstance(content, Mapping) and isinstance(aside := content.get("tost"), Mapping) and "state_dict" in aside:
-        content = {**content["state_dict"], **aside["state_dict"]}
-    for _ in range(4):  # a dict may hold itself
-        inner = content if isinstance(content, Mapping) else {}
-        keys = ("state_dict", "state", "model", "model_state_dict", "net")
-        content = next((inner[key] for key in keys if isinstance(inner.get(key), Mapping)), content)
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    if not tensors:
-        raise TostError(
-            f"{path}: expected a dict of tensors, got {type(content).__name__} without any; "
-            f"save model.state_dict() or a dict name -> mask"
-        )
-    return tensors
 
 
 def by_clean_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

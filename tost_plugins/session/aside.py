@@ -8,7 +8,7 @@ from typing import Any
 from tost_plugins.errors import TostError
 from tost_plugins.session import buffers
 
-KEY = "tost"  # as `files.tensors` knows it
+KEY = "tost"  # as `files.nested` knows it
 _KEPT = ("state_dict", "current_model_state")  # the weights, and beside those of an average the network's
 
 
