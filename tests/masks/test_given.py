@@ -77,3 +77,51 @@ def test_zeros_of_layers_that_are_ignored_or_unknown_are_refused(tmp_path: Path)
     del net.body
     with pytest.raises(TostError, match=r"got zeros for body\.weight"):
         masks.find(net, "file", path=path)
+
+
+class Outer(nn.Module):
+    """A network within another one, as a LightningModule has it."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, Net())
+
+
+def bare() -> Mask:
+    """A mask of the network by itself."""
+    return masks.find(Net(), "random", 0.5)
+
+
+def test_a_network_within_another_takes_the_masks_of_the_one_by_itself(caplog: pytest.LogCaptureFixture) -> None:
+    for mask in (bare(), Mask({name.removesuffix(".weight"): kept for name, kept in bare().items()})):
+        session = Session(Outer("net"), {"mask": "from_zeros", "tweaks": []}, mask=mask).attach()
+        with caplog.at_level(logging.INFO, "tost_plugins"):
+            session.start(torch.optim.SGD(session.model.parameters(), lr=0.1), total_steps=1)
+        assert {name: kept.tolist() for name, kept in session.mask.items()} == {
+            f"net.{name}": kept.tolist() for name, kept in bare().items()
+        }
+    assert "its body.weight is taken as net.body.weight here, and all others likewise" in caplog.text
+
+
+def test_a_network_takes_its_part_of_the_mask_of_a_larger_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    layers = {name.removesuffix(".weight"): kept for name, kept in bare().items()}
+    inner = {f"net.{name}": kept for name, kept in bare().items()} | {"head.weight": torch.eye(3)}
+    for saved in (layers, inner):
+        torch.save(saved, tmp_path / "mask.pt")
+        with caplog.at_level(logging.INFO, "tost_plugins"):
+            assert masks.find(Net(), "file", path=str(tmp_path / "mask.pt")) == bare()
+    assert "its body is taken as body.weight here" in caplog.text
+    assert "its net.body.weight is taken as body.weight here, and all others likewise; 1 of another part" in caplog.text
+
+
+def test_names_that_could_be_taken_in_two_ways_are_refused(tmp_path: Path) -> None:
+    both = {f"{part}.{name}": kept for part in ("g", "d") for name, kept in bare().items()}
+    other = {f"net.{name}": torch.ones(2, 2) for name in bare()}
+    for saved in (both, other):
+        torch.save(saved, tmp_path / "mask.pt")
+        with pytest.raises(TostError, match=r"expected a layer body\.weight, got none"):
+            masks.find(Net(), "file", path=str(tmp_path / "mask.pt"))
+    with pytest.raises(TostError, match=r"expected a layer g\.body\.weight, got none"):
+        torch.save(dict(bare()), tmp_path / "mask.pt")
+        masks.find(Outer("g", "d"), "file", path=str(tmp_path / "mask.pt"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -17,8 +17,9 @@ from tost_plugins.training.transformed import transforms
 def fitted(mask: Mask, model: nn.Module, params: Mapping[str, nn.Parameter]) -> Mask:
     """The mask for exactly `params`; one line names other tensors of the network of which it removes numbers that may come
     back: biases, norms, embeddings and frozen layers have no masks. Recurrent weights of which it says nothing stay dense, which
-    is said. The names may also be those that transformers writes. Raises TostError as `Mask.fit` does, and on zeros in a
-    layer that is ignored or not of this network.
+    is said. The names may also be those that transformers writes, those of the network within another one (a LightningModule's
+    `net.fc.weight`) or the other way round, and those of the layers. Raises TostError as `Mask.fit` does, and on zeros in a layer
+    that is ignored or not of this network.
 
     Example:
         >>> import torch
@@ -29,7 +30,7 @@ def fitted(mask: Mask, model: nn.Module, params: Mapping[str, nn.Parameter]) -> 
     others = _others(model, params)
     names = own_names(model)
     about = mask.about
-    mask = Mask(renamed(mask, names)) if names else mask
+    mask = _named_as(Mask(renamed(mask, names)) if names else mask, params)
     unknown = [name for name in params if name not in mask and is_recurrent(name)]
     if unknown:
         say(f"mask: without recurrent weights, which stay dense: {some(unknown)}")
@@ -41,6 +42,34 @@ def fitted(mask: Mask, model: nn.Module, params: Mapping[str, nn.Parameter]) -> 
     if lost:
         say(f"mask: zeros of {len(lost)} tensors that have no mask here may come back: {some(lost)}")
     return found
+
+
+def _named_as(mask: Mask, params: Mapping[str, nn.Parameter]) -> Mask:
+    """The mask under the names of `params`, where it has none of them and there is one way only to see it so, which is said."""
+    if not params or any(name in params for name in mask):
+        return mask
+    ways = [way for end in ("", ".weight") for way in _ways(mask, next(iter(params)), end)]  # names of layers, too
+    fits: list[dict[str, str]] = []
+    for way in ways:
+        same = all(name in way and mask[way[name]].shape == param.shape for name, param in params.items())
+        fits += [way] if same and way not in fits else []
+    if len(fits) != 1:
+        return mask
+    new, old = next((new, old) for new, old in fits[0].items() if new in params)
+    others = f"; {left} of another part are left out" if (left := len(mask) - len(fits[0])) else ""
+    say(f"mask: its {old} is taken as {new} here, and all others likewise{others}")
+    return Mask({new: mask[old] for new, old in fits[0].items()})
+
+
+def _ways(mask: Mask, first: str, end: str) -> Iterator[dict[str, str]]:
+    """New names -> names in the mask, with an end, and with less or more in front, so that `first` is one of the new."""
+    for name in mask:
+        if f".{name}{end}".endswith(f".{first}"):
+            off = f"{name}{end}".removesuffix(first)
+            yield {f"{old}{end}".removeprefix(off): old for old in mask if f"{old}{end}".startswith(off)}
+        elif first.endswith(f".{name}{end}"):
+            on = first.removesuffix(f"{name}{end}")
+            yield {f"{on}{old}{end}": old for old in mask}
 
 
 def _others(model: nn.Module, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
