@@ -239,6 +239,18 @@ def test_manual_optimization_with_two_optimizers(tmp_path: Path) -> None:
         fit(module=Manual(None))
 
 
+def test_batches_without_a_loss_are_left_out() -> None:
+    """A `training_step` may return None; the first one, too."""
+
+    class Choosy(Module):
+        def training_step(self, batch: Any, index: int) -> Any:
+            return None if index == 0 else super().training_step(batch, index)
+
+    module, tost, _ = fit(module=Choosy())
+    assert_ended(module, tost)
+    assert tost.session.clock.step == STEPS and not same(module, fit()[0])
+
+
 # ---- checkpoints
 
 

@@ -20,6 +20,7 @@ class Smoothing:
     def __init__(self, session: Any = None) -> None:
         self.session = session
         self.seen = False  # whether a training loss has been smoothed since start
+        self.passed = False  # whether a batch without a loss came by
         self.remedy = "make the training loss with session.criterion(loss_fn)"
         self._twins: Twins | None = None  # what the last forward pass has made, where it is followed
         self._within = False  # whether a loss is being computed
@@ -45,7 +46,8 @@ class Smoothing:
         return loss_fn if self.tweak is None else SmoothedLoss(loss_fn, self)
 
     def around(self, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`compute(*args, **kwargs)`, which returns the loss, alone or in a tuple, list or dict: smoothed while the model trains.
+        """`compute(*args, **kwargs)`, which returns the loss, alone or in a tuple, list or dict: smoothed while the model trains;
+        None, for a batch without a loss, stays None.
         Raises TostError where smoothing is required and the loss is none that it can act on."""
         tweak = self._now()
         if tweak is None:
@@ -56,6 +58,9 @@ class Smoothing:
                 result = compute(*args, **kwargs)
         finally:
             self._within = False
+        if result is None:  # Lightning's way to leave a batch out
+            self.passed = True
+            return None
         try:
             smoothed = twins.of(result)
         except Inapplicable as reason:
@@ -79,7 +84,7 @@ class Smoothing:
 
     def check(self) -> None:
         """By a session's first step some training loss has been smoothed; else leave smoothing out, or raise TostError."""
-        if not self.seen and not self.session.run.saved.stepped and self.tweak is not None:
+        if not self.seen and not self.passed and not self.session.run.saved.stepped and self.tweak is not None:
             self._unfit("never came by", self.remedy)
 
     def leave_out(self, error: TostError, why: str) -> None:
