@@ -194,3 +194,28 @@ def test_a_tweak_that_cannot_begin_late_is_asked_again() -> None:
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items() if "tost" not in name)
     session.begin(optimizer, BATCHES, total_steps=STEPS)
     assert not torch.equal(before["0.weight"], net.state_dict()["0.weight"])
+
+
+def test_a_state_dict_from_before_the_start_brings_no_mask(caplog: pytest.LogCaptureFixture) -> None:
+    """One that was taken when the session had been attached, before a mask was found: its weights alone are taken."""
+    for mask in MASKS[:2]:
+        net = small()
+        session, optimizer = Session(net, recipe(mask)).attach(), sgd(net)
+        first = {name: value.clone() for name, value in net.state_dict().items()}
+        session.begin(optimizer, BATCHES, total_steps=STEPS)
+        for batch in BATCHES[:3]:
+            step(net, optimizer, batch)
+        if mask["kind"] == "rigl":
+            with pytest.raises(
+                TostError, match="expected one from after the start, got one from before it, when mask rigl"
+            ):
+                net.load_state_dict(first)
+            continue
+        found, clock = session.mask, session.clock
+        net.load_state_dict(first)
+        assert session.mask == found and session.clock == clock and found.sparsity == pytest.approx(0.6, abs=0.01)
+        assert torch.equal(net[0].weight.detach(), first["0.weight"] * found["0.weight"])
+        assert net.state_dict()["tost_clock"].tolist() == [3, STEPS, STEPS] and "mask and step 3 stay" in caplog.text
+        step(net, optimizer, BATCHES[3])
+        session.finish()
+        assert session.mask == found and not net[0].weight.detach()[~found["0.weight"]].any()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from tost_plugins.errors import TostError
 from tost_plugins.masks.base import Alternating, Averaging, Moving, Scored
 from tost_plugins.masks.card import told
 from tost_plugins.masks.mask import Mask
@@ -27,6 +29,7 @@ from tost_plugins.session.whole_tensors import say_what_counts
 from tost_plugins.session.wiring import Wiring
 from tost_plugins.training import sharding
 from tost_plugins.training.clock import LENGTHS, Clock
+from tost_plugins.training.log import say
 from tost_plugins.training.params import prunable
 from tost_plugins.training.task import Task
 from tost_plugins.tweaks import Tweak
@@ -121,13 +124,30 @@ class Run:
 
     def notice_loading(self) -> None:
         """A clock buffer that somebody else wrote means that a checkpoint was loaded: go on from there."""
-        if self.saved.was_loaded:
+        if self.saved.was_loaded and self.saved.step < 0:
+            self._take_weights_alone()
+        elif self.saved.was_loaded:
             if self.saved.step or self.clock.step:  # before the first step a trainer may have written its own time
                 self._say_resumed(self.clock)
             self._set(self.saved.load(self.clock))
             impose(self.model, self.recipe.mask, self.given_mask, self.params)
             self._take_saved()
             self.take_mask()
+
+    def _take_weights_alone(self) -> None:
+        """A state dict from before the start has no mask yet: the run goes on with its own."""
+        if isinstance(self.recipe.mask, Moving):
+            raise TostError(
+                f"checkpoint: expected one from after the start, got one from before it, when mask {self.recipe.mask.kind} was "
+                f"not there yet; load the plain network's weights alone"
+            )
+        assert self.weights is not None
+        for name, buffer in buffers.beside(self.model, self.params).items():
+            buffer.copy_(self.weights.mask[name])
+        self.saved.write(self.clock, lengths=True)
+        text = f"weights from before the start were loaded; mask and step {self.clock.step} stay"
+        say(f"recipe {self.recipe.name}: {text}", logging.WARNING)
+        self.take_mask()
 
     def before_step(self, optimizers: Optimizers | None, check_finite: bool = True) -> None:
         """With gradients final and masked: what tweaks make of them, unless the step at hand is not to be taken."""
