@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command import tost
@@ -134,3 +135,15 @@ def test_names_in_a_card_are_shown_and_not_obeyed() -> None:
     mask = Mask({"w": torch.ones(2)}).described(method="a|b\n\x1b[31m", settings={"x": ["1\n2"], "none": None})
     (line,) = [line for line in text(card(mask, mask.about, "f")).splitlines() if "method" in line]
     assert line == r"| method | a\|b \x1b[31m |" and "none" not in text(mask.card())
+
+
+def test_numbers_of_numpy_and_torch_and_paths_may_be_told(tmp_path: Path) -> None:
+    known = {
+        "accuracy": np.float32(0.5),
+        "loss": torch.tensor(0.25),
+        "folder": Path("data"),
+        "shares": np.array([1, 2]),
+    }
+    Mask({"weight": torch.tensor([1, 0])}).described(**known).save(tmp_path / "mask.safetensors")
+    about = Mask.load(tmp_path / "mask.safetensors").about
+    assert [about[key] for key in known] == [0.5, 0.25, "data", [1, 2]]

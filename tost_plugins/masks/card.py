@@ -83,7 +83,7 @@ def text(found: Mapping[str, Any]) -> str:
 
 def write_card(path: Path, found: Mapping[str, Any]) -> None:
     """Write a card beside a file, as FILE.card.json and FILE.card.md."""
-    write(_beside(path, "json"), json.dumps(found, indent=1))
+    write(_beside(path, "json"), json.dumps(found, indent=1, default=_plain))
     write(_beside(path, "md"), text(found))
 
 
@@ -124,6 +124,11 @@ def checksum(mask: Mapping[str, Tensor]) -> int:
 @functools.cache
 def _adapter(kind: type) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
+
+
+def _plain(value: Any) -> Any:
+    """A number or an array of numpy or torch as Python has it, anything else as its text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _share(kept: int, size: int) -> float:

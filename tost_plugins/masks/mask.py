@@ -170,7 +170,8 @@ class Mask(Mapping[str, Tensor]):
             if name not in tensors or tensors[name].shape != mask.shape:
                 raise TostError(
                     f"mask: expected a tensor {name} of shape {tuple(mask.shape)}, got "
-                    f"{tuple(tensors[name].shape) if name in tensors else None}; pass the model's weights"
+                    f"{tuple(tensors[name].shape) if name in tensors else None}; "
+                    f"pass the model's weights, dict(model.named_parameters(remove_duplicate=False))"
                 )
         for name, mask in self.items():
             tensors[name].masked_fill_(~mask.to(tensors[name].device), 0)
