@@ -107,6 +107,8 @@ def test_a_network_within_another_takes_the_masks_of_the_one_by_itself(caplog: p
 def test_a_network_takes_its_part_of_the_mask_of_a_larger_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     layers = {name.removesuffix(".weight"): kept for name, kept in bare().items()}
     inner = {f"net.{name}": kept for name, kept in bare().items()} | {"head.weight": torch.eye(3)}
+    torch.save({f"backbone.{name}": kept for name, kept in bare().items()}, tmp_path / "other.pt")
+    assert [*masks.find(Outer("net"), "file", path=str(tmp_path / "other.pt"))] == [f"net.{name}" for name in bare()]
     for saved in (layers, inner):
         torch.save(saved, tmp_path / "mask.pt")
         with caplog.at_level(logging.INFO, "tost_plugins"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
@@ -62,14 +63,16 @@ def _named_as(mask: Mask, params: Mapping[str, nn.Parameter]) -> Mask:
 
 
 def _ways(mask: Mask, first: str, end: str) -> Iterator[dict[str, str]]:
-    """New names -> names in the mask, with an end, and with less or more in front, so that `first` is one of the new."""
+    """New names -> names in the mask, with an end, and with something else in front, so that `first` is one of the new: what
+    they share is all of one of them, or more than its last part."""
+    there = first.split(".")
     for name in mask:
-        if f".{name}{end}".endswith(f".{first}"):
-            off = f"{name}{end}".removesuffix(first)
-            yield {f"{old}{end}".removeprefix(off): old for old in mask if f"{old}{end}".startswith(off)}
-        elif first.endswith(f".{name}{end}"):
-            on = first.removesuffix(f"{name}{end}")
-            yield {f"{on}{old}{end}": old for old in mask}
+        parts = f"{name}{end}".split(".")
+        same = [one == other for one, other in zip(reversed(parts), reversed(there), strict=False)]
+        shared = len(list(itertools.takewhile(bool, same)))
+        if shared >= 2 or shared == min(len(parts), len(there)):
+            off, on = (".".join([*path[: len(path) - shared], ""]) for path in (parts, there))
+            yield {f"{on}{f'{old}{end}'.removeprefix(off)}": old for old in mask if f"{old}{end}".startswith(off)}
 
 
 def _others(model: nn.Module, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
