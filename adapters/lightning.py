@@ -21,7 +21,7 @@ from tost_plugins.session.steps import around
 from tost_plugins.training.calling import call
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
-from tost_plugins.training.params import is_layer, some
+from tost_plugins.training.params import some
 
 try:
     from lightning.pytorch import Callback
@@ -107,7 +107,7 @@ class TostLightning(Callback):  # type: ignore[misc]
         self._go_last(trainer)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        late = [name for name, part in pl_module.named_modules() if name not in self._there and is_layer(part)]
+        late = [name for name in averages.layers(pl_module) if name not in self._there]
         if late and self.session.state == "attached":
             where = "in the module's __init__, where setup and configure_model make them too late"
             raise TostError(

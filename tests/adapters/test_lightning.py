@@ -1,5 +1,6 @@
 """TostLightning in real Trainers: what it trains, what its checkpoints are good for, what stands beside it, what it refuses."""
 
+import copy
 import csv
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import swa_utils
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 pytest.importorskip("lightning")
@@ -98,8 +100,9 @@ class Obeys(Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         tost = next(other for other in trainer.callbacks if isinstance(other, TostLightning))
-        for name, param in prunable(module).items():
-            assert not param.detach()[~tost.session.mask[name]].any()
+        params = prunable(module)
+        for name, kept in tost.session.mask.items():
+            assert not params[name].detach()[~kept].any()
 
 
 def fit(
@@ -365,6 +368,54 @@ def test_an_average_is_the_mean_of_masked_weights() -> None:
     module, _, _ = fit(SNIP, WeightAveraging(), See())
     for name, param in module.named_parameters():
         torch.testing.assert_close(param.detach(), torch.stack([weights[name] for weights in seen]).mean(0))
+
+
+class Averaged(Module):
+    """Keeps an average of its network: torch's, or a copy that does not train."""
+
+    def __init__(self, kind: str = "", early: bool = False) -> None:
+        super().__init__()
+        self.kind = kind
+        if early:
+            self.make()
+
+    def make(self) -> None:
+        average = swa_utils.AveragedModel(self.module, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5))
+        self.average = average if self.kind == "torch" else copy.deepcopy(self.module).requires_grad_(False)
+
+    def setup(self, stage: str) -> None:
+        if not hasattr(self, "average"):
+            self.make()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if isinstance(self.average, swa_utils.AveragedModel):
+            self.average.update_parameters(self.module)
+            return
+        for mean, param in zip(self.average.parameters(), self.module.parameters(), strict=True):
+            mean.lerp_(param.detach(), 0.5)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.module.parameters(), lr=0.05)
+
+
+@pytest.mark.parametrize("kind", ["torch", "copy"])
+def test_a_module_may_average_its_network_from_setup_on(kind: str, tmp_path: Path) -> None:
+    every = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, filename="{epoch}")
+    module, tost, _ = fit(SNIP, every, module=Averaged(kind))
+    assert tost.session.state == "finished" and len(tost.session.mask) == 3
+    found = module.average.state_dict()
+    off = 0.5**STEPS  # what is left of the weights that it was made from
+    for name, kept in tost.session.mask.items():
+        average = found[f"module.{name}" if kind == "torch" else name]
+        assert average[~kept].abs().max() <= off and not torch.equal(average, module.module.state_dict()[name])
+    again = fit(SNIP, resume=tmp_path / "epoch=1.ckpt", module=Averaged(kind))[0]
+    assert same(again.average, module.average) and same(again.module, module.module)
+
+
+def test_an_average_from_before_attach_is_refused() -> None:
+    for recipe in (SNIP, {"mask": {"kind": "random", "sparsity": 0.5}, "tweaks": []}):
+        with pytest.raises(TostError, match=r"averages that are made after attach, got average \(AveragedModel\)"):
+            fit(recipe, module=Averaged("torch", early=True))
 
 
 @pytest.mark.parametrize("average", [EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=0.1)])

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from tost_plugins.errors import TostError
 from tost_plugins.masks.mask import Mask
 from tost_plugins.session import buffers
-from tost_plugins.training.params import clean_name, some
+from tost_plugins.training.params import clean_name, is_layer, some
 
 
 @torch.no_grad()
@@ -30,6 +30,31 @@ def plain(model: nn.Module, mask: Mask, average: nn.Module) -> nn.Module:
         value.copy_(found[clean_name(name)])
     mask.apply_({clean_name(name): param for name, param in network.named_parameters(remove_duplicate=False)})
     return network
+
+
+def check_late(model: nn.Module) -> None:
+    """Raise TostError for an AveragedModel within a model that is attached to: it pairs parameters and buffers by their order, in
+    which ghosts and masks come between."""
+    if found := within(model):
+        raise TostError(
+            f"attach: expected averages that are made after attach, got {some(found)} (AveragedModel), which pairs parameters "
+            f"by their order; make it later, in a LightningModule in setup"
+        )
+
+
+def layers(model: nn.Module) -> list[str]:
+    """The names of the layers that train, without those of averages."""
+    averages = tuple(f"{name}." for name in within(model))
+    return [
+        name
+        for name, part in model.named_modules()
+        if is_layer(part) and any(param.requires_grad for param in part.parameters()) and not name.startswith(averages)
+    ]
+
+
+def within(model: nn.Module) -> list[str]:
+    """The names of the averages within a model."""
+    return [name for name, part in model.named_modules() if name and isinstance(part, AveragedModel)]
 
 
 def with_bools(average: AveragedModel) -> None:

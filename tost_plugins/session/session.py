@@ -79,6 +79,7 @@ class Session(Loops, Told):
         self.run.norms.look()
         params, known = self.run.params, buffers.known(self.model)
         buffers.check_free(self.model, params)
+        averages.check_late(self.model)
         if optimizer is not None:
             self.optimizers = Optimizers(optimizer, params)
         with self.run.compaction.attaching(self.tweaks.left_out):
