@@ -19,7 +19,7 @@ from tost_plugins.session.ends import plain_from
 from tost_plugins.session.session import Session, session_of
 from tost_plugins.session.steps import around
 from tost_plugins.training.calling import call
-from tost_plugins.training.clock import Clock
+from tost_plugins.training.clock import Clock, count
 from tost_plugins.training.log import say
 from tost_plugins.training.params import some
 
@@ -58,7 +58,7 @@ class TostLightning(Callback):  # type: ignore[misc]
         total_steps: int | None = None,
         **overrides: Any,
     ) -> None:
-        self._forward, self._criterion, self._total = forward, criterion, total_steps
+        self._forward, self._criterion, self._total = forward, criterion, count("total_steps", total_steps)
         self._mask = overrides.pop("mask") if isinstance(overrides.get("mask"), Mask) else None
         self.recipe = Recipe.of(recipe, **overrides)
         self._session: Session | None = None

@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
+from command import refused
 from torch import nn
 
-from tost_plugins import LotteryTicket, TostError, masks
+from tost_plugins import LotteryTicket, Recipe, Session, TostError, masks
 from tost_plugins.masks import MASKS
 from tost_plugins.masks.methods.lottery_ticket import LotteryTicket as TicketMethod
 from tost_plugins.tweaks import TWEAKS
@@ -80,3 +81,18 @@ def test_an_allocation_that_is_none_is_said_once(kind: str, allocation: Any, sai
     with pytest.raises(TostError) as found:
         masks.find(nn.Linear(2, 2), kind, 0.5, allocation=allocation)
     assert str(found.value) == f"masks.find({kind}): allocation: {said}"
+
+
+@pytest.mark.parametrize("given", [3, ["snip"], nn.Linear(2, 2)])
+def test_what_is_no_recipe_is_said(given: Any) -> None:
+    line = "recipe: expected a Recipe, a dict, a path or a shipped name, got"
+    for call in (Recipe.of, lambda value: Session(nn.Linear(2, 2), value)):
+        refused(lambda call=call: call(given), line)
+
+
+@pytest.mark.parametrize("seed", ["a", -1, 0.5])
+def test_seeds_are_whole_numbers(seed: Any) -> None:
+    refused(
+        lambda: masks.find(nn.Linear(2, 2), "random", 0.5, seed=seed),
+        "masks.find(random): seed: expected a whole number",
+    )

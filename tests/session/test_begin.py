@@ -219,3 +219,14 @@ def test_a_state_dict_from_before_the_start_brings_no_mask(caplog: pytest.LogCap
         step(net, optimizer, BATCHES[3])
         session.finish()
         assert session.mask == found and not net.state_dict()["0.weight"][~found["0.weight"]].any()
+
+
+@pytest.mark.parametrize("given", [-5, 2.5, "10", True, float("nan")])
+@pytest.mark.parametrize("name", ["total_steps", "steps_per_epoch"])
+def test_lengths_that_are_no_numbers_of_steps_are_refused(name: str, given: Any) -> None:
+    net = small()
+    session = Session(net, recipe(MASKS[0]))
+    with pytest.raises(TostError, match=f"^{name}: expected a whole number of optimizer steps, got {given!r}; write"):
+        session.begin(sgd(net), BATCHES, **{"total_steps": 4, name: given})
+    session.begin(sgd(net), BATCHES, **{"total_steps": 4, name: torch.tensor(8)})
+    assert getattr(session.clock, name) == 8 and isinstance(getattr(session.clock, name), int)

@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from tost_plugins.errors import TostError, from_pydantic, unknown
+from tost_plugins.errors import TostError, from_pydantic, shown, unknown
 from tost_plugins.masks import connected
 from tost_plugins.masks.base import MaskMethod, Moving, WithWeights
 from tost_plugins.masks.card import told
@@ -59,6 +59,8 @@ def find(
     try:
         if not isinstance(model, nn.Module):
             raise TostError(f"model: expected a torch.nn.Module, got {type(model).__name__}; pass the network")
+        if not isinstance(seed, int) or seed < 0:
+            raise TostError(f"seed: expected a whole number of 0 or more, got {shown(seed)}; write seed=0")
         method = _method(kind, options)
         task = Task(unwrap(model), prunable(unwrap(model), method.ignore), batches, loss_fn, forward, criterion)
         return run(method, task, seed)

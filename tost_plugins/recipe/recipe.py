@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from torch import nn
 
-from tost_plugins.errors import TostError, from_pydantic, unknown
+from tost_plugins.errors import TostError, from_pydantic, shown, unknown
 from tost_plugins.files.atomic import write
 from tost_plugins.masks import MASKS, Mask
 from tost_plugins.masks.base import Moving
@@ -169,6 +169,10 @@ class Recipe(_Strict):
         given = {name: value for name, value in overrides.items() if value is not None}
         if isinstance(value, Recipe) and not given:
             return value
+        if value is not None and not isinstance(value, (Recipe, Mapping, str, Path)):
+            raise TostError(
+                f"recipe: expected a Recipe, a dict, a path or a shipped name, got {shown(value)}; see tost recipes list"
+            )
         content = value.to_dict() if isinstance(value, Recipe) else value
         content = dict(content) if isinstance(content, Mapping) else read(content or DEFAULT)
         if "mask" in given:

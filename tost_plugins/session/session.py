@@ -21,7 +21,7 @@ from tost_plugins.session.smoothing import Smoothing
 from tost_plugins.session.told import Told
 from tost_plugins.training import sharding
 from tost_plugins.training.calling import call
-from tost_plugins.training.clock import Clock
+from tost_plugins.training.clock import Clock, count
 from tost_plugins.training.params import device_of, left_out
 from tost_plugins.training.reading import reading
 from tost_plugins.training.task import Task
@@ -124,7 +124,8 @@ class Session(Loops, Told):
         if clock is not None and self.state != "finished" and self.saved_step() not in (-1, clock.step or None):
             buffers.write_clock(self.model, clock, lengths=True)
         if self.state != "finished":
-            clock = clock or Clock(0, total_steps, steps_per_epoch)
+            total, per_epoch = count("total_steps", total_steps), count("steps_per_epoch", steps_per_epoch)
+            clock = clock or Clock(0, total, per_epoch)
             with reading(batches, device_of(self.model)) as found:  # once, for all that look at it
                 task = Task(self.model, self.run.params, found, loss_fn, forward, criterion, clock.total_steps)
                 take = self.run.begin if self.state == "attached" else self.run.go_on

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
-from tost_plugins.errors import TostError
+from tost_plugins.errors import TostError, shown
 
 _PATTERN = r"^([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)(dur|ep|ba)$"
 
@@ -16,6 +17,24 @@ _PATTERN = r"^([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)(dur|ep|ba)$"
 LENGTHS = ("total_steps", "steps_per_epoch")
 
 _LONGEST = 1e12  # so that numbers of steps fit into 64 bits
+
+
+def count(name: str, value: Any) -> int | None:
+    """A number of optimizer steps that somebody gives, 0 or more, or None; raises TostError for anything else.
+
+    Example:
+        >>> count("total_steps", 100)
+        100
+    """
+    try:
+        number = None if value is None else operator.index(value)
+    except TypeError:
+        number = -1
+    if isinstance(value, bool) or (number is not None and number < 0):
+        raise TostError(
+            f"{name}: expected a whole number of optimizer steps, got {shown(value)}; write {name}=100, say"
+        )
+    return number
 
 
 @dataclass(frozen=True)
