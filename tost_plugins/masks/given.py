@@ -46,20 +46,23 @@ def fitted(mask: Mask, model: nn.Module, params: Mapping[str, nn.Parameter]) -> 
 
 
 def _named_as(mask: Mask, params: Mapping[str, nn.Parameter]) -> Mask:
-    """The mask under the names of `params`, where it has none of them and there is one way only to see it so, which is said."""
+    """The mask under the names of `params`, where it has none of them and one way to see it so fits best, which is said."""
     if not params or any(name in params for name in mask):
         return mask
     ways = [way for end in ("", ".weight") for way in _ways(mask, next(iter(params)), end)]  # names of layers, too
-    fits: list[dict[str, str]] = []
+    most, best = 0, []
     for way in ways:
-        same = all(name in way and mask[way[name]].shape == param.shape for name, param in params.items())
-        fits += [way] if same and way not in fits else []
-    if len(fits) != 1:
-        return mask
-    new, old = next((new, old) for new, old in fits[0].items() if new in params)
-    others = f"; {left} of another part are left out" if (left := len(mask) - len(fits[0])) else ""
+        fits = sum(name in way and mask[way[name]].shape == param.shape for name, param in params.items())
+        if fits > most:
+            most, best = fits, [way]
+        elif fits == most and way not in best:
+            best.append(way)
+    if most == 0 or len(best) != 1 or (most < len(params) and any(map(is_recurrent, params))):
+        return mask  # what fits in part is for `fit` to say what is missing: recurrent weights may be
+    new, old = next((new, old) for new, old in best[0].items() if new in params)
+    others = f"; {left} of another part are left out" if (left := len(mask) - len(best[0])) else ""
     say(f"mask: its {old} is taken as {new} here, and all others likewise{others}")
-    return Mask({new: mask[old] for new, old in fits[0].items()})
+    return Mask({new: mask[old] for new, old in best[0].items()})
 
 
 def _ways(mask: Mask, first: str, end: str) -> Iterator[dict[str, str]]:

@@ -40,6 +40,6 @@ class RigL(Set):
         if name not in grads:
             raise TostError(
                 f"rigl: expected a gradient for {name}, got none; add {name.removesuffix('.weight')!r} to `ignore` if it "
-                f"is frozen or not used"
+                f"is frozen or not used, or step its optimizer whenever others step"
             )
         return grads[name].abs()
