@@ -100,3 +100,10 @@ def test_a_dict_that_holds_itself_ends(tmp_path: Path) -> None:
         inner.update(saved)
     torch.save(saved, tmp_path / "saved.pt")
     assert "without any" in refused(lambda: Mask.load(tmp_path / "saved.pt"))
+
+
+def test_the_best_and_the_last_are_several(tmp_path: Path) -> None:
+    torch.save(SPARSE, tmp_path / "last.pt")
+    assert Mask.load(tmp_path) == MASK
+    torch.save(DENSE, tmp_path / "best.pt")
+    refused(lambda: Mask.load(tmp_path), "got several (best.pt, last.pt); pass one of them")

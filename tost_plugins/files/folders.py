@@ -78,6 +78,8 @@ def _named(folder: Path, names: Sequence[str]) -> Path | None:
     found = next(
         (folder / name for name in names if os.path.isfile(folder / name) or is_distributed(folder / name)), None
     )
+    if found == folder / "last.pt" and os.path.isfile(folder / "best.pt"):  # of another program than ours
+        raise TostError(f"{folder}: expected one checkpoint, got several (best.pt, last.pt); pass one of them")
     others = sorted(path.name for path in folder.glob("*model_*") if _SEVERAL.match(path.name)) if found else []
     if found is not None and others and found.name in NAMES:
         raise TostError(
