@@ -77,6 +77,24 @@ def test_masks_alone_under_a_key_and_as_arrays(tmp_path: Path) -> None:
         assert "got masks, and no weights" in refused(lambda: export(path, tmp_path / "out.safetensors"))
 
 
+def test_masks_in_layers_of_ones_own(tmp_path: Path) -> None:
+    """Whatever they are called, as long as the word is in it: a tensor of the weight's shape in its layer."""
+    for key in ("pruning_mask", "mask_weight", "Mask", "kernel_mask", "mask"):
+        assert_exact({**DENSE, **{name.replace("weight", key): kept.float() for name, kept in MASK.items()}}, tmp_path)
+    assert_exact(
+        {"model": DENSE, "masks": {"layers": {name: kept.numpy().astype("u1") for name, kept in MASK.items()}}},
+        tmp_path,
+    )
+    for front, dtype in (("mask_", torch.bool), ("masks.", torch.float32)):
+        strange = {f"{front}{name}": kept.to(dtype) for name, kept in MASK.items()}
+        torch.save({**DENSE, **strange}, tmp_path / "saved.pt")
+        for call in (Mask.load, lambda path: export(path, tmp_path / "out.safetensors")):
+            line = f"by the names of their weights, got {front}0.weight, {front}3.weight beside weights without zeros"
+            refused(lambda call=call: call(tmp_path / "saved.pt"), line)
+        torch.save({**SPARSE, **strange}, tmp_path / "saved.pt")
+        assert Mask.load(tmp_path / "saved.pt") == MASK
+
+
 @pytest.mark.parametrize(
     ("saved", "line"),
     [

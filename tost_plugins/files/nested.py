@@ -79,7 +79,7 @@ def _masks(content: Mapping[Any, Any], path: Path | str) -> dict[str, Tensor]:
                 f"{path}: expected masks by the names of their weights, got a list of {len(value)} under {key!r}; "
                 f"save a dict name -> mask"
             )
-        if found := _tensors(value):
+        if found := _tensors(value) or _only(value, path):
             return found
     return {}
 

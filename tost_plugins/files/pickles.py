@@ -28,11 +28,25 @@ def _number(dtype: np.dtype, content: bytes) -> Any:
     return np.frombuffer(content, dtype)[0].item()
 
 
+_DTYPES = (
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+)
 _ARRAY = np.array(0).__reduce__()[0]
 #: What checkpoints hold beside tensors: plain values, no code. Composer's have random states, times and versions; those of
 #: torchvision, timm and many scripts the arguments of the command and numbers of numpy, whose module had another name once.
 _HARMLESS: list[Any] = [
-    np.ndarray, np.dtype, *(type(np.dtype(name)) for name in ("uint32", "int32", "int64", "float32", "float64", "bool")),
+    np.ndarray, np.dtype, *(type(np.dtype(name)) for name in _DTYPES),
     *((_ARRAY, f"{core}.multiarray._reconstruct") for core in ("numpy._core", "numpy.core")),
     *((_number, f"{core}.multiarray.scalar") for core in ("numpy._core", "numpy.core")),
     *((PurePosixPath, f"pathlib{where}.PosixPath") for where in ("", "._local")),

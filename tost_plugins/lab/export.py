@@ -21,7 +21,7 @@ from tost_plugins.files.tensors import by_clean_name, comparable, write_tensors
 from tost_plugins.lab.export_formats import write_onnx, write_pt2
 from tost_plugins.lab.export_network import network
 from tost_plugins.masks.card import card, write_card
-from tost_plugins.masks.layouts import Layout, check_hidden, layout, only_0_and_1
+from tost_plugins.masks.layouts import Layout, check_hidden, check_strange, layout, only_0_and_1
 from tost_plugins.masks.mask import FORMAT, Mask
 from tost_plugins.session import buffers, kinds
 from tost_plugins.training.params import prunable
@@ -145,6 +145,7 @@ def _check_weights(parts: Layout) -> None:
             f"(torch.nn.utils.parametrize.remove_parametrizations)"
         )
     check_hidden(parts)
+    check_strange(parts)
 
 
 def find(source: Path) -> Path:

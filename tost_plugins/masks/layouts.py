@@ -29,17 +29,19 @@ class Layout(NamedTuple):
     masks: dict[str, Tensor]
     zeros: dict[str, Tensor]
     hidden: list[str]
+    strange: list[str]
 
 
 def layout(tensors: Mapping[str, Tensor]) -> Layout:
     """Tell masks and weights apart, by what lies beside what.
 
-    A mask is `weight_mask` beside `weight` (ours) or `weight_orig` (torch.nn.utils.prune), `mask` beside `weight`, or
-    `parametrizations.weight.0.mask` beside its `original` (torch.nn.utils.parametrize, sparsimony); also a `weight_mask` alone.
+    A mask is `weight_mask` beside `weight` (ours) or `weight_orig` (torch.nn.utils.prune), `mask`, `pruning_mask` or what else
+    has the word in it beside `weight`, or `parametrizations.weight.0.mask` beside its `original` (torch.nn.utils.parametrize,
+    sparsimony); also a `weight_mask` alone.
     A buffer that is called so and has no weight of its shape (Swin's `attn_mask`) is a tensor as any other. What a
     parametrization without a mask computes from stays in `plain` under its names.
     """
-    found = Layout({}, {}, {}, [])
+    found = Layout({}, {}, {}, [], [])
     for name, tensor in tensors.items():
         weight = _masked(name, tensor, tensors)
         if weight is not None:
@@ -49,6 +51,11 @@ def layout(tensors: Mapping[str, Tensor]) -> Layout:
             original = name.endswith("_orig") and name.removesuffix("_orig") in found.masks
             found.plain[name.removesuffix("_orig") if original else name] = tensor
     _old_norms(found)
+    shapes = {tensor.shape for name, tensor in found.plain.items() if _is_weight(name, tensor)}
+    words = [
+        (name, tensor) for name, tensor in found.plain.items() if "mask" in name.lower() and tensor.shape in shapes
+    ]
+    found.strange.extend(name for name, tensor in words if only_0_and_1(tensor) and not bool((tensor != 0).all()))
     groups: dict[str, dict[str, str]] = {}
     for name in tensors:
         match = _PARAMETRIZED.match(name)
@@ -69,8 +76,14 @@ def mask_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ends = all(name.endswith("_mask") for name in tensors)
         return {name.removesuffix("_mask") if ends else name: tensor for name, tensor in tensors.items()}
     check_hidden(found)
+    check_strange(found)
     numbers = {
-        name: t for name, t in tensors.items() if t.ndim >= 2 and t.is_floating_point() and not name.endswith("_mask")
+        name: t
+        for name, t in tensors.items()
+        if name not in found.strange
+        and t.ndim >= 2
+        and (t.is_floating_point() or t.is_complex())
+        and not name.endswith("_mask")
     }
     weights = {name: tensor for name, tensor in numbers.items() if _WEIGHT.search(name)} | found.zeros or numbers
     if not weights:
@@ -86,10 +99,25 @@ def check_hidden(found: Layout) -> None:
         f"{some(found.hidden, 3)} under a parametrization of which the file does not say what it does (torch.ao.pruning leaves "
         f"its masks out); take it off, then save (sparsifier.squash_mask, torch.nn.utils.parametrize.remove_parametrizations)"
     )
-    others = [tensor for name, tensor in found.plain.items() if _WEIGHT.search(name) and tensor.ndim >= 2]
+    others = [tensor for name, tensor in found.plain.items() if _is_weight(name, tensor)]
     if all(bool((comparable(tensor) != 0).all()) for tensor in [*others, *found.zeros.values()]):
         raise TostError(f"expected weights, or masks beside them, got {text}")
     say(f"checkpoint: without {text}")
+
+
+def check_strange(found: Layout) -> None:
+    """Raise TostError for masks of which a file does not say whose they are, where nothing else in it is sparse."""
+    weights = [tensor for name, tensor in found.plain.items() if name not in found.strange and _is_weight(name, tensor)]
+    sparse = found.masks or any(not bool((comparable(t) != 0).all()) for t in [*weights, *found.zeros.values()])
+    if found.strange and not sparse:
+        raise TostError(
+            f"expected masks by the names of their weights, got {some(found.strange, 3)} beside weights without zeros; "
+            f"save a dict name -> mask"
+        )
+
+
+def _is_weight(name: str, tensor: Tensor) -> bool:
+    return _WEIGHT.search(name) is not None and tensor.ndim >= 2
 
 
 def only_0_and_1(tensor: Tensor) -> bool:
@@ -101,14 +129,16 @@ def only_0_and_1(tensor: Tensor) -> bool:
 def _masked(name: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> str | None:
     """The weight whose mask a tensor is; None for one that is none."""
     layer, dot, key = name.rpartition(".")
-    weight = f"{layer}{dot}weight" if key == "mask" else name.removesuffix("_mask")
-    if key != "mask" and not key.endswith("_mask"):
+    weight = name.removesuffix("_mask")
+    if "mask" not in key.lower().split("_"):
         return None
-    if key != "mask" and _WEIGHT.search(weight):
+    if weight != name and _WEIGHT.search(weight):
         return weight  # alone, too: export asks for its weight
-    beside = [weight] if key == "mask" else [weight, f"{weight}_orig"]
-    fits = any(other in tensors and tensors[other].shape == tensor.shape for other in beside)
-    return weight if fits and only_0_and_1(tensor) else None
+    own = f"{layer}{dot}weight"
+    for other in (weight, own) if key != "mask" and key.endswith("_mask") else (own,):
+        if any(name in tensors and tensors[name].shape == tensor.shape for name in (other, f"{other}_orig")):
+            return other if only_0_and_1(tensor) else None
+    return None
 
 
 def _old_norms(found: Layout) -> None:
