@@ -98,6 +98,8 @@ class TostLightning(Callback):  # type: ignore[misc]
         if stage != "fit":
             return
         _check_strategy(trainer.strategy)
+        if any(_is_a(each, "ModelPruning") for each in trainer.callbacks):
+            raise TostError("TostLightning: expected to keep the only mask, got ModelPruning beside it; leave that out")
         if self._session is None or self._session.model is not pl_module:
             found = session_of(pl_module)  # of another callback with this recipe, whose run was interrupted
             same = found is not None and (found.recipe, found.given_mask) == (self.recipe, self._mask)
@@ -148,9 +150,7 @@ class TostLightning(Callback):  # type: ignore[misc]
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         session = self.session
         if session.state == "running":
-            if _averages(
-                trainer.callbacks
-            ):  # an average is in the network, with masks and a clock that are averages too
+            if _averages(trainer.callbacks):  # an average is in the network, of its masks and clock too
                 session.after_step(session.clock.step)
             check_stepped(session)
             session.finish()

@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -608,6 +609,11 @@ def test_layers_that_come_late_are_named(hook: str) -> None:
         TostError, match=r"expected all layers before setup, got late later; make them in the module's __init__"
     ):
         fit({"mask": {"kind": "random", "sparsity": 0.5}}, module=module)
+
+
+def test_another_pruner_is_refused() -> None:
+    with pytest.raises(TostError, match="expected to keep the only mask, got ModelPruning beside it"):
+        fit(SNIP, ModelPruning("l1_unstructured", amount=0.5))
 
 
 def test_a_module_without_forward_asks_for_one() -> None:

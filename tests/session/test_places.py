@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from moving_cases import MOVING, Digits, digits
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
 from tost_plugins import Mask, Session, TostError
@@ -38,6 +39,29 @@ def _enlarge(net: nn.Module) -> None:
 
 def _whole(net: nn.Module) -> None:
     net.body = copy.deepcopy(net.body)
+
+
+def _pruned(net: nn.Module) -> None:
+    prune.l1_unstructured(net.body[3], "weight", 0.5)
+
+
+def _parametrized(net: nn.Module) -> None:
+    nn.utils.parametrize.register_parametrization(net.body[3], "weight", nn.Identity())
+
+
+@pytest.mark.parametrize("change", [_pruned, _parametrized])
+@pytest.mark.parametrize("kind", ["random", "rigl", "dnw"])
+def test_weights_that_something_hides_in_mid_run_are_named(kind: str, change: Callable[[nn.Module], None]) -> None:
+    net = Digits()
+    session = Session(net, {"mask": MOVING.get(kind, RANDOM), "tweaks": []})
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    session.begin(optimizer, digits(4), total_steps=4)
+    step(net, optimizer, digits(1)[0])
+    change(net)
+    with pytest.raises(
+        TostError, match=r"step 1: expected weights as they were stored at the start, .* in body\.3 \(torch"
+    ):
+        step(net, optimizer, digits(1)[0])
 
 
 @pytest.mark.parametrize("change", [_swap, _enlarge, _whole])

@@ -53,12 +53,13 @@ class Places:
             for key, child in parent._modules.items()
             if child in above
         ]
-        self._places += [(layer._parameters, key_of(name), self.params[name]) for name, layer in layers.items()]
+        self._weights = [(layer._parameters, key_of(name), name) for name, layer in layers.items()]
+        self._places += [(table, key, self.params[name]) for table, key, name in self._weights]
 
     def check(self, where: str) -> None:
-        """Raise TostError, naming the layers, where others stand in the place of masked ones. What only wraps them, as
-        torch.compile does, may come and go. A line names layers without a mask that begin to train. It costs one look into a
-        dict for each place."""
+        """Raise TostError, naming the layers, where others stand in the place of masked ones, or hide their weights. What only
+        wraps layers, as torch.compile does, may come and go. A line names layers without a mask that begin to train. It costs
+        one look into a dict for each place."""
         if freed := [name for name, param in self._frozen.items() if param.requires_grad]:
             say(
                 f"{where}: layers train that did not at the start, and have no masks: {some(freed)}; free them before attach"
@@ -72,5 +73,10 @@ class Places:
             raise TostError(
                 f"{where}: expected the layers that were there at the start, got others in the place of {some(lost)}; "
                 f"finish() the session before layers are replaced, then begin another one"
+            )
+        if hidden := [layer_of(name) for table, key, name in self._weights if table.get(key) is not self.params[name]]:
+            raise TostError(
+                f"{where}: expected weights as they were stored at the start, got others computed from them in {some(hidden)} "
+                f"(torch.nn.utils.prune, a parametrization); leave that out, or finish() the session first"
             )
         self._look()
