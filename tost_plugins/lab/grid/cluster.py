@@ -15,7 +15,7 @@ from typing import Any
 
 from tost_plugins.errors import TostError, one_line, wrong
 from tost_plugins.lab.grid.cell import Cell, record_of
-from tost_plugins.lab.grid.order import Outcome
+from tost_plugins.lab.grid.order import Engine, Outcome
 from tost_plugins.lab.grid.pool import interruptible
 from tost_plugins.training.optional import package
 
@@ -54,7 +54,7 @@ class Cluster:
                 raise wrong(name, "a fraction up to 1, or a whole number", value, "0.25 puts four cells on one")
 
 
-class Ray:
+class Ray(Engine):
     """The tasks of a cluster, and this process as their driver."""
 
     def __init__(self, out: Path, cluster: Cluster) -> None:

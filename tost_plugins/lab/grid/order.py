@@ -61,7 +61,9 @@ class Engine(Protocol):
         """How many of them run at the same time, for the time that is left."""
         ...
 
-    def start(self, cell: Cell) -> None: ...
+    def start(self, cell: Cell) -> None:
+        """Begin a cell; `ended` tells of its end."""
+        ...
 
     def ended(self) -> list[tuple[Cell, Outcome]]:
         """Wait until a cell has ended; those that have since the last call."""
@@ -76,7 +78,7 @@ class Engine(Protocol):
         ...
 
 
-class Here:
+class Here(Engine):
     """Cells in this process, one after another, whose steps `listen` hears."""
 
     def __init__(self, out: Path, listen: Listener) -> None:

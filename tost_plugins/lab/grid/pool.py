@@ -20,12 +20,12 @@ from types import ModuleType
 import torch
 
 from tost_plugins.lab.grid.cell import Cell
-from tost_plugins.lab.grid.order import Outcome, attempt
+from tost_plugins.lab.grid.order import Engine, Outcome, attempt
 
 _stop_asked = False  # in a process of the pool: no cell begins any more
 
 
-class Pool:
+class Pool(Engine):
     """Up to `jobs` cells side by side. Each process is a pool of its own, so that one that dies takes only its cell along."""
 
     def __init__(self, out: Path, jobs: int) -> None:
