@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 
 import typer
-from rich.console import Console
 
 from tost_plugins.lab.cli import grids, masks, recipes, runs
 
@@ -34,7 +33,7 @@ def main() -> None:
 
         if isinstance(error, Stopped):
             text = f"{error}; the same command goes on (train, compare, lottery, superpose: with --resume)"
-            Console(stderr=True).print(text, highlight=False)
+            print(text, file=sys.stderr)
             sys.exit(130)
         if isinstance(error, TostError):
             print(f"tost: {error}", file=sys.stderr)

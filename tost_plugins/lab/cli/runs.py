@@ -41,7 +41,7 @@ def train(
     show(
         as_json,
         result,
-        f"test accuracy [bold]{result['test_accuracy']:.2f} %[/] at sparsity {result['sparsity']:.4f} "
+        f"test accuracy {result['test_accuracy']:.2f} % at sparsity {result['sparsity']:.4f} "
         f"({result['active_parameters']:,} of {result['total_parameters']:,} parameters)",
         f"network: {out_dir}/model.safetensors   mask: {out_dir}/mask.safetensors",
     )
