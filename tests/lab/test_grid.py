@@ -146,15 +146,15 @@ def lingers(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
     return [{"pid": int((folder / "pid").read_text())}]
 
 
-def killer(checkpoints: Path, pid: Callable[[], int]) -> threading.Thread:
-    """Kills a process, once, when the first checkpoint of a run is there."""
+def killing(checkpoints: Path, kill: Callable[[], object]) -> threading.Thread:
+    """Calls `kill`, once, when the first checkpoint of a run is there."""
 
-    def kill() -> None:
+    def wait() -> None:
         while not checkpoints.exists() or not list(checkpoints.iterdir()):
             time.sleep(0.005)
-        os.kill(pid(), signal.SIGKILL)
+        kill()
 
-    thread = threading.Thread(target=kill, daemon=True)
+    thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     return thread
 
@@ -163,7 +163,7 @@ def test_a_process_killed_in_the_middle_of_a_cell_goes_on_from_its_checkpoint(tm
     cell, again = tiny("c"), []
     cell = dataclasses.replace(cell, recipe=cell.recipe.model_copy(update={"duration": Time.parse("40ep")}))
     (whole,) = grid.run([cell], tmp_path / "whole")
-    thread = killer(tmp_path / "killed/c/checkpoints", lambda: multiprocessing.active_children()[0].pid or 0)
+    thread = killing(tmp_path / "killed/c/checkpoints", lambda: multiprocessing.active_children()[0].kill())
     (killed,) = grid.run([cell], tmp_path / "killed", 2, listen=lambda event, v: again.append(event))
     thread.join()
     assert again == ["again", "cell"] and killed["result"] == whole["result"]
