@@ -113,13 +113,20 @@ def inside(text: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """And this for each page: the front page is README.md, the list of pages behind it; links out of docs/ lead inside."""
+    """And this for each page: the front page is README.md, the list of pages behind it; links out of docs/ lead inside, or name
+    what is only in the repository."""
     up = "../" * page.file.src_uri.count("/")
     if page.file.src_uri == "README.md":
         markdown = inside((ROOT / "README.md").read_text("utf-8")) + markdown.replace("# ", "## ").replace(
             "## #", "###"
         )
+    markdown = re.sub(rf"\[[^]]*\]\({up}\.\./([^)#]+)\)", in_the_repository, markdown)
     return re.sub(rf"\]\({up}\.\./(\w+\.?\w*)", lambda link: f"]({up}{TOP.get(link[1], link[1])}", markdown)
+
+
+def in_the_repository(link: re.Match[str]) -> str:
+    """A file that is no page by its path, since the site does not say where its repository lies; other links as they are."""
+    return f"`{link[1]}`" if (ROOT / link[1]).is_file() and link[1] not in (*TOP, "README.md") else link[0]
 
 
 def on_post_page(output: str, page: Page, **_: object) -> None:

@@ -186,14 +186,14 @@ def start(command: list[str], out: Path, log: Path, die_at: int = 0, count_in: P
 def watch(out: Path, die_at: int) -> Callable[[], int]:
     """Count this process's changes to a folder, and kill it before one of them; returns what tells the number.
 
-    A file that it writes under its final name is an error, but in the checkpoints of a trainer."""
+    A file that it writes under its final name is an error, but in the checkpoints of a trainer, and the empty lock."""
     number, root = 0, str(out)
 
     def see(event: str, args: tuple[Any, ...]) -> None:
         nonlocal number
         if event == "open":
             ours = isinstance(args[0], str) and args[0].startswith(root) and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
-            if ours and ".tmp" not in args[0] and "checkpoints" not in Path(args[0]).parts:
+            if ours and ".tmp" not in args[0] and not {"checkpoints", "lock"} & set(Path(args[0]).parts):
                 raise Failed(f"expected a temporary name to write to, got {args[0]}")
         else:  # a folder is removed from within: its files have no path then
             ours = event in _CHANGES and (str(args[0]).startswith(root) or (event == "os.remove" and args[1] != -1))
@@ -261,11 +261,11 @@ def unfinished(out: Path) -> set[tuple[str, int]]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Name -> bytes of all that a run leaves, but its checkpoints and what was under a temporary name."""
+    """Name -> bytes of all that a run leaves, but its checkpoints, its lock and what was under a temporary name."""
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and not {"checkpoints", "early"} & set(path.parts) and ".tmp" not in str(path)
+        if path.is_file() and not {"checkpoints", "early", "lock"} & set(path.parts) and ".tmp" not in str(path)
     }
 
 
@@ -277,6 +277,7 @@ def check_whole(out: Path) -> None:
         ".yaml": lambda path: yaml.safe_load(path.read_text())["mask"],
         ".csv": lambda path: next(csv.DictReader(path.open())),
         ".safetensors": load_file,
+        ".md": lambda path: path.read_text().index("weights kept"),
     }
     for name in contents(out):
         try:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import tost
+from command import refused, tost
 from safetensors.torch import load_file
 from torch.nn.utils import prune
 
 from tost_plugins import Mask, TostError, masks
+from tost_plugins.files.locks import alone
 from tost_plugins.lab import models
 from tost_plugins.recipe.recipe import shipped
 from tost_plugins.training.params import prunable
@@ -49,6 +50,16 @@ def test_train_refuses_a_used_folder_and_changes_nothing(tmp_path: Path) -> None
     with pytest.raises(TostError, match="another one"):
         tost("train", "quickstart", *SMALL, "--set", "seed=5", "--out", tmp_path / "run", "--resume")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_folder_is_for_one_command_at_a_time(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    for command in ("train", "lottery", "superpose"):
+        recipe = {"train": "quickstart", "lottery": "lottery_quickstart", "superpose": "cifar10_set_95"}[command]
+        with alone(tmp_path / command):
+            args = (command, recipe, "--out", tmp_path / command, "--resume")
+            refused(lambda args=args: tost(*args), f"--out {tmp_path / command}", "got one that is in use")
+        assert [path.name for path in (tmp_path / command).iterdir()] == ["lock"]
 
 
 def test_compare_uses_one_mask_and_draws_a_picture(tmp_path: Path) -> None:
@@ -128,6 +139,8 @@ def test_recipes_list_show_schema() -> None:
     assert {row["name"] for row in json.loads(tost("recipes", "list", "--json"))} == set(shipped())
     shown = json.loads(tost("recipes", "show", "cifar10_snip_98", "--set", "mask.sparsity=0.5", "--json"))
     assert shown["mask"]["sparsity"] == 0.5 and shown["duration"] == "182ep"
+    words = tost("recipes", "list").split()  # 80 columns wide, and no name is cut off or broken
+    assert set(shipped()) <= set(words)
     schema = json.loads(tost("recipes", "schema"))
     assert schema["additionalProperties"] is False and "mask" in schema["required"]
 
@@ -150,6 +163,13 @@ def test_an_error_is_one_line_on_stderr(tmp_path: Path) -> None:
         "tost: recipe quickstart: mask.sparsity: expected a sparsity in [0, 1), got 98.0; 98 % is written 0.98"
     ]
     assert not (tmp_path / "x").exists()
+    (tmp_path / "x").touch()
+    command = [sys.executable, "-m", "tost_plugins", "train", "quickstart", "--out", tmp_path / "x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        f"tost: {tmp_path / 'x'}: expected a place to read and write, got 'File exists'; another --out, more room on the disk?"
+    )
 
 
 def test_help_does_not_wait_for_torch() -> None:

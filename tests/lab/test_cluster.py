@@ -8,15 +8,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command import refused, tost
-from test_grid import refuses, tiny
+from test_grid import killing, refuses, tiny
 
 from tost_plugins.lab import grid
 from tost_plugins.lab.cli.arguments import recipe_of
@@ -57,19 +56,6 @@ def where(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
     import ray
 
     return [{"gpus": ray.get_gpu_ids(), "threads": os.environ["OMP_NUM_THREADS"], "folder": os.getcwd()}]
-
-
-def killing(checkpoints: Path, kill: Callable[[], object]) -> threading.Thread:
-    """Calls `kill` once the first checkpoint of a run is there."""
-
-    def wait() -> None:
-        while not checkpoints.exists() or not list(checkpoints.iterdir()):
-            time.sleep(0.01)
-        kill()
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
 
 
 def pid_of(name: str) -> int:

@@ -56,6 +56,13 @@ def test_the_last_checkpoint_of_each_trainer_gives_the_final_network(trainer: st
     assert done["sparsity"] == pytest.approx(0.8, abs=0.01)
 
 
+def test_a_damaged_mask_in_a_folder_above_is_nobody_s_business(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "mask.safetensors").write_text("of something else, and torn")
+    save_file({"w": torch.tensor([[0.0, 0.7]])}, tmp_path / "a/net.safetensors")
+    assert export(tmp_path / "a/net.safetensors", tmp_path / "out.safetensors")["sparsity"] == 0.5
+
+
 def test_checkpoints_of_public_scripts_are_read_with_the_arguments_in_them(tmp_path: Path) -> None:
     """torchvision's references save their argparse.Namespace, others paths and numbers of numpy, also of numpy 1."""
     net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))

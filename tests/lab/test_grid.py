@@ -30,6 +30,7 @@ from tost_plugins.training.params import prunable
 for needed in ("sklearn", "matplotlib", "scipy"):
     pytest.importorskip(needed)
 
+Measure = Callable[..., list[dict[str, Any]]]
 TINY = ["data.limit=96", "data.batch_size=32", "duration=1ep"]
 
 
@@ -103,10 +104,12 @@ def dies(folder: Path, recipe: Recipe, times: int) -> list[dict[str, Any]]:
     return [{"here": here, "pid": os.getpid()}]
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_a_cell_that_fails_holds_up_its_children_alone(jobs: int, tmp_path: Path) -> None:
-    bad = tiny("bad", measure=refuses if jobs == 1 else breaks)
-    why = ("expected the impossible, got what there is", "its run ended with ZeroDivisionError: of nothing")[jobs - 1]
+@pytest.mark.parametrize(("jobs", "measure"), [(1, refuses), (1, breaks), (2, breaks)])
+def test_a_cell_that_fails_holds_up_its_children_alone(jobs: int, measure: Measure, tmp_path: Path) -> None:
+    bad, trace = tiny("bad", measure=measure), tmp_path / "bad/traceback.txt"
+    why = "expected the impossible, got what there is"
+    if measure is breaks:
+        why = f"its run ended with ZeroDivisionError: of nothing; where: {trace}"
     cells, told = [bad, tiny("child", parent="bad"), tiny("good"), tiny("grandchild", parent="child")], []
     text = refused(lambda: grid.run(cells, tmp_path, jobs, listen=lambda event, v: told.append((event, v.get("name")))))
     assert f"expected 4 runs to end well, got 3 that failed (bad: {why}" in text
@@ -114,9 +117,11 @@ def test_a_cell_that_fails_holds_up_its_children_alone(jobs: int, tmp_path: Path
     assert [record["name"] for record in grid.finished(cells, tmp_path)] == ["good"]
     told = [each for each in told if each[0] in ("failed", "cell")]
     assert sorted(told) == [("cell", "good"), ("failed", "bad"), ("failed", "child"), ("failed", "grandchild")]
-    if jobs == 1:
+    if measure is refuses:
         assert refused(lambda: grid.run([bad], tmp_path)) == f"bad: {why}; ask for less"
-        assert len(grid.run([tiny("bad"), *cells[1:]], tmp_path)) == 4
+    else:
+        assert "in breaks" in trace.read_text()
+    assert len(grid.run([tiny("bad"), *cells[1:]], tmp_path)) == 4 and not trace.exists()
 
 
 def test_processes_stay_warm_and_one_that_dies_takes_only_its_cell_along(tmp_path: Path) -> None:
@@ -141,15 +146,15 @@ def lingers(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
     return [{"pid": int((folder / "pid").read_text())}]
 
 
-def killer(checkpoints: Path, pid: Callable[[], int]) -> threading.Thread:
-    """Kills a process, once, when the first checkpoint of a run is there."""
+def killing(checkpoints: Path, kill: Callable[[], object]) -> threading.Thread:
+    """Calls `kill`, once, when the first checkpoint of a run is there."""
 
-    def kill() -> None:
+    def wait() -> None:
         while not checkpoints.exists() or not list(checkpoints.iterdir()):
             time.sleep(0.005)
-        os.kill(pid(), signal.SIGKILL)
+        kill()
 
-    thread = threading.Thread(target=kill, daemon=True)
+    thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     return thread
 
@@ -158,7 +163,7 @@ def test_a_process_killed_in_the_middle_of_a_cell_goes_on_from_its_checkpoint(tm
     cell, again = tiny("c"), []
     cell = dataclasses.replace(cell, recipe=cell.recipe.model_copy(update={"duration": Time.parse("40ep")}))
     (whole,) = grid.run([cell], tmp_path / "whole")
-    thread = killer(tmp_path / "killed/c/checkpoints", lambda: multiprocessing.active_children()[0].pid or 0)
+    thread = killing(tmp_path / "killed/c/checkpoints", lambda: multiprocessing.active_children()[0].kill())
     (killed,) = grid.run([cell], tmp_path / "killed", 2, listen=lambda event, v: again.append(event))
     thread.join()
     assert again == ["again", "cell"] and killed["result"] == whole["result"]
@@ -180,6 +185,42 @@ def test_a_script_without_a_main_guard_runs_a_grid_whose_processes_end_with_it(t
         time.sleep(0.02)
     (record,) = grid.run([tiny("a", measure=lingers)], out)  # nothing keeps it out of the folder
     assert record["rows"] == [{"pid": inner}]
+
+
+def stubborn(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
+    """Goes on for ever, and notes that it was asked to stop."""
+    write(folder / "pid", str(os.getpid()))
+    while True:
+        try:
+            time.sleep(0.02)
+        except KeyboardInterrupt:
+            write(folder / "asked", "")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_grid_that_is_stopping_does_not_wait_when_it_is_told_again(how: signal.Signals, tmp_path: Path) -> None:
+    lines = ["import signal, sys", "from test_grid import grid, stubborn, tiny"]
+    lines += ["signal.signal(signal.SIGINT, signal.default_int_handler)"]  # a shell's background job has it ignored
+    (tmp_path / "script.py").write_text("\n".join([*lines, "grid.run([tiny('a', measure=stubborn)], sys.argv[1], 2)"]))
+    out, path = tmp_path / "out", os.pathsep.join(path for path in sys.path if path)
+    command, env = [sys.executable, tmp_path / "script.py", out], {**os.environ, "PYTHONPATH": path}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
+    for name, then in (("pid", signal.SIGINT), ("asked", how)):
+        while process.poll() is None and not (out / "a" / name).exists():
+            time.sleep(0.02)
+        process.send_signal(then)
+    process.wait(60)
+    inner = int((out / "a/pid").read_text())
+    while Path(f"/proc/{inner}/cmdline").exists() and Path(f"/proc/{inner}/cmdline").read_bytes():
+        time.sleep(0.02)
+    assert not (out / "a/cell.json").exists()
+
+
+def test_a_finished_cell_stays_one_when_its_recipe_gets_another_name(tmp_path: Path) -> None:
+    cell = tiny("a")
+    (record,) = grid.run([cell], tmp_path)
+    renamed = dataclasses.replace(cell, recipe=cell.recipe.model_copy(update={"name": "b", "source": "elsewhere"}))
+    assert grid.finished([renamed], tmp_path) == [record]
 
 
 def test_a_folder_is_for_one_grid_at_a_time(tmp_path: Path) -> None:

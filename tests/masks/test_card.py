@@ -72,6 +72,13 @@ def test_a_mask_brings_its_card_along_and_another_one_does_not(tmp_path: Path) -
         assert Mask.load(path) == mask and Mask.load(path).about == {}
 
 
+def test_the_command_prints_a_card_as_it_is(tmp_path: Path) -> None:
+    """Lines as long as they are, and what looks like markup, which a stranger's card may hold."""
+    mask = masks.find(net(), "magnitude", 0.5).described(note="[/x] [bold]new[/] " + "long " * 40)
+    mask.save(tmp_path / "m.safetensors")
+    assert tost("mask", "card", tmp_path / "m.safetensors").strip() == text(mask.card("m.safetensors")).strip()
+
+
 def test_a_session_s_mask_knows_its_method_and_a_given_one_its_own(tmp_path: Path) -> None:
     def started(given: Mask | None, **recipe: Any) -> Session:
         session = Session(net(), {"tweaks": [], **recipe}, given).attach()

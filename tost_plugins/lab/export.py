@@ -75,14 +75,16 @@ def _export(path: Path, out: Path, unfinished: bool, form: Form, compact: bool) 
 
 def _about(path: Path, kept: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What the mask beside a run's weights, or above its checkpoints, says of how it was made, and the layers that it has;
-    nothing, and all layers, where there is none whose zeros these have."""
+    nothing, and all layers, where there is none whose zeros these have. What cannot be read there has nothing to say."""
     for file in [folder / "mask.safetensors" for folder in list(path.resolve().parents)[:3]]:
-        if file.is_file():
+        try:
             mask = Mask.load(file)
-            if all(name in kept and _within(kept[name], mask[name]) for name in mask):
-                ours = {name: kept[name] for name in mask}
-                known = {key: value for key, value in mask.about.items() if key != "live" or mask == Mask(ours)}
-                return known, ours
+        except TostError:
+            continue
+        if all(name in kept and _within(kept[name], mask[name]) for name in mask):
+            ours = {name: kept[name] for name in mask}
+            known = {key: value for key, value in mask.about.items() if key != "live" or mask == Mask(ours)}
+            return known, ours
     return {}, kept
 
 

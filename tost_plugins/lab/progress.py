@@ -45,7 +45,7 @@ def progress(quiet: bool) -> Iterator[Listener]:
             elif event == "cell":
                 left = f", about {duration(values['seconds_left'])} left" if values["done"] < values["total"] else ""
                 text = f"{values['done']} of {values['total']}: {values['name']}, {duration(values['seconds'])}{left}"
-                bar.console.print(text, highlight=False)
+                bar.console.print(text, highlight=False, markup=False)
                 bar.reset(task, total=values["total"], completed=values["done"], description="runs")
             elif event == "failed":
                 bar.console.print(f"failed: {values['said']}", highlight=False, markup=False)
@@ -57,7 +57,7 @@ def progress(quiet: bool) -> Iterator[Listener]:
                     key: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for key, value in values.items()
                 }
                 text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
-                bar.console.print(text, highlight=False)
+                bar.console.print(text, highlight=False, markup=False)
             elif event == "epoch":
                 bar.update(task, description=f"epoch {values['epoch']:g}  accuracy {values['accuracy']:.2f}")
 

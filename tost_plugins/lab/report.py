@@ -21,10 +21,12 @@ _LABELS = {"plain": "plain sparse training", "tost": "with ToST"}
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A table of rows with the same keys; numbers are right-aligned, floats have two digits."""
+    """A table of rows with the same keys; numbers are right-aligned, floats have two digits. Nothing is cut off: what is too long
+    for the terminal goes on in the next line, but for the first column, which says what to type."""
     made = Table(title=Text(one_line(title)), title_justify="left")
     for key, value in rows[0].items():
-        made.add_column(key.replace("_", " "), justify="left" if isinstance(value, str) else "right")
+        justify = "left" if isinstance(value, str) else "right"
+        made.add_column(key.replace("_", " "), justify=justify, no_wrap=not made.columns, overflow="fold")
     for row in rows:
         made.add_row(*(Text(f"{v:.2f}" if isinstance(v, float) else one_line(str(v))) for v in row.values()))
     return made

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tost_plugins.errors import TostError
 from tost_plugins.files.atomic import write_csv
+from tost_plugins.masks.card import read_card
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods.lottery_ticket import LotteryTicket
 from tost_plugins.training.clock import Clock
@@ -33,7 +34,8 @@ def each(
         folder = out / f"round-{number:02d}"
         try:
             mask = ticket.next(mask, weights, sparsity, initial) if number else dense
-            mask.save(folder / "mask.safetensors")
+            path = folder / "mask.safetensors"
+            mask.described(**read_card(path, mask)).save(path)  # the card of a round that is done says more
             weights, scores = train(number, folder, mask)
         except TostError as error:
             raise error.at(f"round {number}") from None

@@ -1,7 +1,7 @@
 """The command `tost`: a file for each group of commands, which read their arguments, call the library and show the result.
 What they call is imported inside them, so that `tost --help` does not wait for torch.
 
-May import: errors, masks, recipe, lab.
+May import: errors, files, masks, recipe, lab.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 
 import typer
-from rich.console import Console
 
 from tost_plugins.lab.cli import grids, masks, recipes, runs
 
@@ -34,9 +33,14 @@ def main() -> None:
 
         if isinstance(error, Stopped):
             text = f"{error}; the same command goes on (train, compare, lottery, superpose: with --resume)"
-            Console(stderr=True).print(text, highlight=False)
+            print(text, file=sys.stderr)
             sys.exit(130)
         if isinstance(error, TostError):
             print(f"tost: {error}", file=sys.stderr)
+            sys.exit(1)
+        if isinstance(error, OSError) and error.strerror:
+            where = "" if error.filename is None else f"{error.filename}: "
+            text = f"{where}expected a place to read and write, got {error.strerror!r}; another --out, more room on the disk?"
+            print(f"tost: {text}", file=sys.stderr)
             sys.exit(1)
         raise

@@ -60,12 +60,12 @@ def workers(jobs: int | None, ray: str | None, cpus: float | None, gpus: float |
 
 
 def show(as_json: bool, values: Any, *lines: Any) -> None:
-    """Print the values as JSON, or else the lines, which may be tables, for people."""
+    """Print the values as JSON, or else the lines, which may be tables, for people; text as it is, whatever is in it."""
     if as_json:
         print(json.dumps(values, indent=1))
         return
     for line in lines:
-        _out.print(line, highlight=False)
+        _out.print(line, highlight=False, markup=False, soft_wrap=isinstance(line, str))
 
 
 def show_plan(as_json: bool, plan: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ app = typer.Typer(help="The recipes that come with the library.", no_args_is_hel
 
 @app.command("list")
 def list_(as_json: JsonOption = False) -> None:
-    """Name and source of every shipped recipe."""
+    """Every shipped recipe: its name, mask, model, data and length."""
     from tost_plugins.lab.report import table
     from tost_plugins.recipe.recipe import Recipe, shipped
 

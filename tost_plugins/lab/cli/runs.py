@@ -32,15 +32,16 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a recipe and leave the plain sparse network, its mask and its history in --out."""
+    from tost_plugins.files.locks import alone
     from tost_plugins.lab.train import train as run
 
     content = recipe_of(recipe, set_)
-    with progress(as_json) as listen:
+    with alone(out_dir), progress(as_json) as listen:
         result = run(content, out_dir, resume, listen=listen)
     show(
         as_json,
         result,
-        f"test accuracy [bold]{result['test_accuracy']:.2f} %[/] at sparsity {result['sparsity']:.4f} "
+        f"test accuracy {result['test_accuracy']:.2f} % at sparsity {result['sparsity']:.4f} "
         f"({result['active_parameters']:,} of {result['total_parameters']:,} parameters)",
         f"network: {out_dir}/model.safetensors   mask: {out_dir}/mask.safetensors",
     )
@@ -109,11 +110,12 @@ def lottery(
     as_json: JsonOption = False,
 ) -> None:
     """Find lottery tickets: train, prune the smallest weights, rewind, again; a mask and a line of a table per round."""
+    from tost_plugins.files.locks import alone
     from tost_plugins.lab.lottery import lottery as run
     from tost_plugins.lab.report import table
 
     content = recipe_of(recipe, set_)
-    with progress(as_json) as listen:
+    with alone(out_dir), progress(as_json) as listen:
         rows = run(content, out_dir, resume, listen)
     shown = [{**row, "sparsity": f"{row['sparsity']:.4f}", "kept_weights": f"{row['kept_weights']:,}"} for row in rows]
     show(
@@ -139,12 +141,13 @@ def superpose(
     as_json: JsonOption = False,
 ) -> None:
     """Sup-tickets: end a run of a moving mask with short cycles, and superpose the networks that they lead to."""
+    from tost_plugins.files.locks import alone
     from tost_plugins.lab.report import table
     from tost_plugins.lab.superpose import Cycles
     from tost_plugins.lab.superpose import superpose as run
 
     content, spent = recipe_of(recipe, set_), Cycles(cycles, share, explore, low, high)
-    with progress(as_json) as listen:
+    with alone(out_dir), progress(as_json) as listen:
         rows = run(content, out_dir, spent, resume, listen)
     shown = [{**row, "sparsity": f"{row['sparsity']:.4f}", "kept_weights": f"{row['kept_weights']:,}"} for row in rows]
     show(

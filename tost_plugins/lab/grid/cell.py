@@ -88,12 +88,18 @@ def record_of(cell: Cell, out: Path) -> Record | None:
     if not (folder / "cell.json").exists():
         return None
     record = json.loads((folder / "cell.json").read_text())
-    if record["cell"] != cell.described():
+    if _settings(record["cell"]) != _settings(cell.described()):
         raise TostError(
             f"--out {out}: expected results of these settings, got {cell.name} of others; choose another folder"
         )
     result = json.loads((last_run(folder) / "result.json").read_text())
     return {**record, "name": cell.name, "labels": cell.labels, "result": result, "folder": last_run(folder)}
+
+
+def _settings(described: dict[str, Any]) -> dict[str, Any]:
+    """What a cell is, whatever its recipe is called and was read from."""
+    recipe = {key: value for key, value in described["recipe"].items() if key not in ("name", "source")}
+    return {**described, "recipe": recipe}
 
 
 def _structure(cell: Cell, out: Path) -> Mask | None:

@@ -16,7 +16,7 @@ from typing import Any
 from tost_plugins.errors import TostError, one_line, wrong
 from tost_plugins.lab.grid.cell import Cell, record_of
 from tost_plugins.lab.grid.order import Engine, Outcome
-from tost_plugins.lab.grid.pool import attempt
+from tost_plugins.lab.grid.pool import interruptible
 from tost_plugins.training.optional import package
 
 #: What a cell needs to know of the environment of the process that began the grid.
@@ -159,7 +159,7 @@ def _on_a_node(cell: Cell, out: Path, folder: Path) -> Outcome:
         return Outcome("failed", f"{cell.name}: {_not_shared(out)}")
     with contextlib.suppress(OSError):
         os.chdir(folder)
-    return attempt(cell, out)
+    return interruptible(cell, out)
 
 
 def _not_shared(out: Path) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from tost_plugins.errors import TostError
+from tost_plugins.errors import TostError, one_line
+from tost_plugins.files.atomic import write
 from tost_plugins.lab.grid.cell import Cell, run_cell
 from tost_plugins.lab.job import Stopped
-from tost_plugins.lab.progress import Listener
+from tost_plugins.lab.progress import Listener, silent
 
 #: How often a cell is begun whose process dies under it.
 GOES = 3
@@ -26,6 +29,27 @@ class Outcome:
     said: str = ""
 
 
+def attempt(cell: Cell, out: Path, listen: Listener = silent) -> Outcome:
+    """Run a cell in this process: how it ended, in a line. Where that is a fault of the program, its traceback is in the cell's
+    folder."""
+    trace = out / cell.name / "traceback.txt"
+    try:
+        trace.unlink(missing_ok=True)
+        run_cell(cell, out, listen)
+        return Outcome("done")
+    except (Stopped, KeyboardInterrupt):
+        return Outcome("stopped")
+    except TostError as error:
+        return Outcome("failed", str(error))
+    except Exception as error:
+        said = one_line(f"{cell.name}: its run ended with {type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):  # the disk may be what is full
+            trace.parent.mkdir(parents=True, exist_ok=True)
+            write(trace, traceback.format_exc())
+            said += f"; where: {trace}"
+        return Outcome("failed", said)
+
+
 class Engine(Protocol):
     """What runs cells: this process (`Here`), processes of this machine (`Pool`), or a cluster (`Ray`)."""
 
@@ -38,7 +62,7 @@ class Engine(Protocol):
         ...
 
     def start(self, cell: Cell) -> None:
-        """Begin a cell, for which there is room."""
+        """Begin a cell; `ended` tells of its end."""
         ...
 
     def ended(self) -> list[tuple[Cell, Outcome]]:
@@ -70,11 +94,7 @@ class Here(Engine):
 
     def ended(self) -> list[tuple[Cell, Outcome]]:
         cell = self.cells.pop()
-        try:
-            run_cell(cell, self.out, self.listen)
-        except TostError as error:
-            return [(cell, Outcome("failed", str(error)))]
-        return [(cell, Outcome("done"))]
+        return [(cell, attempt(cell, self.out, self.listen))]
 
     def stop(self) -> None:
         """Nothing runs any more: Ctrl-C has ended it."""

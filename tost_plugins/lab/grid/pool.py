@@ -19,10 +19,8 @@ from types import ModuleType
 
 import torch
 
-from tost_plugins.errors import TostError, one_line
-from tost_plugins.lab.grid.cell import Cell, run_cell
-from tost_plugins.lab.grid.order import Engine, Outcome
-from tost_plugins.lab.job import Stopped
+from tost_plugins.lab.grid.cell import Cell
+from tost_plugins.lab.grid.order import Engine, Outcome, attempt
 
 _stop_asked = False  # in a process of the pool: no cell begins any more
 
@@ -120,37 +118,32 @@ def _begin(hears: Connection, threads: int) -> None:
 
 
 def _listen(hears: Connection) -> None:
+    """Stop when asked to, and end at once where the process that it works for is gone, or waits no longer."""
     global _stop_asked
-    try:
-        hears.recv_bytes()
-    except (EOFError, OSError):  # the process that it works for is gone
-        os._exit(1)
-    _stop_asked = True
-    _thread.interrupt_main()
+    while True:
+        try:
+            hears.recv_bytes()
+        except (EOFError, OSError):
+            os._exit(1)
+        _stop_asked = True
+        _thread.interrupt_main()
 
 
 def _work(cell: Cell, out: Path) -> Outcome:
     """A cell, in a process of the pool."""
-    outcome = attempt(cell, out)
+    outcome = interruptible(cell, out)
     if torch.cuda.is_initialized():  # others share the device
         gc.collect()
         torch.cuda.empty_cache()
     return outcome
 
 
-def attempt(cell: Cell, out: Path) -> Outcome:
-    """A cell in a process that somebody else may interrupt: how it ended, in a line."""
+def interruptible(cell: Cell, out: Path) -> Outcome:
+    """A cell in a process that somebody else may interrupt."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        if _stop_asked:
-            return Outcome("stopped")
-        run_cell(cell, out)
-        return Outcome("done")
-    except (Stopped, KeyboardInterrupt):
+        return Outcome("stopped") if _stop_asked else attempt(cell, out)
+    except KeyboardInterrupt:
         return Outcome("stopped")
-    except TostError as error:
-        return Outcome("failed", str(error))
-    except Exception as error:
-        return Outcome("failed", one_line(f"{cell.name}: its run ended with {type(error).__name__}: {error}"))
     finally:
         signal.signal(signal.SIGINT, before)
