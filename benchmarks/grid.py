@@ -25,7 +25,7 @@ A grid of 24 trainings of a second each (80 steps of `cifar/resnet8` on digits, 
 same trainings in a pool of two processes, without records, folders that go on, or anything else; both from a start without
 processes to their end. Then 200 trainings of 0.2 s on Ray, on 4 nodes of one CPU each on this machine, and the same with one of
 the nodes killed twice (SIGKILL to all its processes, after 60 and after 130 trainings) and put back each time.
-What was lost then, and the time that the node was away, are not taken off. The machine was not idle.
+What was lost then, and the time that the node was away, are not taken off.
 """
 RATIOS = [
     Ratio("tost's grid, to a bare loop over two processes", "grid", "bare loop", most=1.15),
