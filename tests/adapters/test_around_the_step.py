@@ -1,4 +1,4 @@
-"""What people put around a step, in four trainers: clipping, micro-batches, loss scaling, compilation, averaging."""
+"""What people put around a step, in every trainer: clipping, micro-batches, loss scaling, compilation, averaging."""
 
 from typing import Any
 

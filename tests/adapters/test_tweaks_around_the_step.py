@@ -1,4 +1,4 @@
-"""Tweaks that act around the optimizer's step, in four trainers: called once a step, with what the plain loop calls them with."""
+"""Tweaks that act around the optimizer's step, in every trainer: called once a step, with what the plain loop calls them with."""
 
 import copy
 from pathlib import Path

@@ -22,8 +22,8 @@ _GRADIENT = re.compile(r"^\d+\.dense_grad$")  # sparsimony's, for weights that g
 
 class Layout(NamedTuple):
     """What is in a file: the `plain` network's tensors, the `masks` by the names of their weights, tensors that are 0 where the
-    weight that is computed from them is (`zeros`: weight norm, spectral norm), and the `hidden` weights, which are computed from
-    what the file has in a way that it does not say."""
+    weight that is computed from them is (`zeros`: weight norm, spectral norm), the `hidden` weights, which are computed from what
+    the file has in a way that it does not say, and `strange` ones: masks by their names and values, of nobody knows what."""
 
     plain: dict[str, Tensor]
     masks: dict[str, Tensor]
