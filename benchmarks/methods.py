@@ -127,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, default=Path("runs/methods"))
     made.add_argument(
-        "--protocol", choices=("short", "cpu"), default="short", help="628 steps, or those of tost reproduce"
+        "--protocol", choices=("628-steps", "cpu"), default="628-steps", help="628 steps, or those of tost reproduce"
     )
     made.add_argument("--model", help="in place of the protocol's cifar/resnet20")
     made.add_argument("--sparsities", type=float, nargs="*", help="0.95; with --protocol cpu 0.95 0.98")
