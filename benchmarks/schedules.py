@@ -17,7 +17,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "init, smooth 0.05, skip 0.1": [INIT, SMOOTH, skip(0.1)],
     "neurons": [{"kind": "neuron_gradients"}],
     "multiplicative": [{"kind": "multiplicative"}],
+    "multiplicative 30": [{"kind": "multiplicative", "strength": 30, "most": 0.15}],
     "sparse init": [{"kind": "sparse_init"}],
     "sharpness": [{"kind": "sharpness"}],
     "init, smooth 0.05, skip 0.1, soft 0.1": [INIT, SMOOTH, skip(0.1), soft(0.1)],
@@ -103,6 +104,7 @@ class Images:
 
 
 Key = tuple[int, str, float, str]  # seed, mask, sparsity and setting
+Look = Callable[[int, torch.nn.Module, Callable[..., torch.Tensor]], None]
 
 
 def cell(options: argparse.Namespace, key: Key) -> float:
@@ -121,18 +123,25 @@ def cell(options: argparse.Namespace, key: Key) -> float:
     return json.loads(path.read_text())[-1]
 
 
-_load = functools.cache(data.load)
+load = functools.cache(data.load)
 
 
-def train(options: argparse.Namespace, seed: int, mask: str, sparsity: float, setting: str) -> list[float]:
-    """Validation accuracy after each epoch, and at the end."""
+def recipe_of(options: argparse.Namespace, seed: int, mask: str, sparsity: float, setting: str) -> Recipe:
+    """What a cell trains."""
     content = Recipe.load("cifar10_short").to_dict() | {"seed": seed, "tweaks": SETTINGS[setting]}
     batches = {"batches": 2} if mask == "snip" else {}
     content["mask"] = {"kind": mask, "sparsity": sparsity, "on_collapse": "keep_one", **batches}
     if options.budget == "live":
         content["mask"] |= {"budget": "live", "on_collapse": "error"}
-    recipe = Recipe.from_dict(content | {"model": options.model, "data": {**content["data"], "limit": options.limit}})
-    found, spec, halved = _load(recipe.data), recipe.optimizer, options.halved
+    return Recipe.from_dict(content | {"model": options.model, "data": {**content["data"], "limit": options.limit}})
+
+
+def train(
+    options: argparse.Namespace, seed: int, mask: str, sparsity: float, setting: str, look: Look = lambda *_: None
+) -> list[float]:
+    """Validation accuracy after each epoch, and at the end; `look(step, model, loss_fn)` before each step and after the last."""
+    recipe = recipe_of(options, seed, mask, sparsity, setting)
+    found, spec, halved = load(recipe.data), recipe.optimizer, options.halved
     torch.manual_seed(seed)
     model = models.build(recipe.model, 10, 3).train()
     kinds = {"seed": seed, "mean": found.mean, "std": found.std}
@@ -151,7 +160,9 @@ def train(options: argparse.Namespace, seed: int, mask: str, sparsity: float, se
                 ghost.alive.fill_(1)
         for epoch in range(math.ceil(total / len(loader))):
             loader.set_epoch(epoch)
-            for images, labels in itertools.islice(batches, total - epoch * len(loader)):
+            done = epoch * len(loader)
+            for step, (images, labels) in enumerate(itertools.islice(batches, total - done), done):
+                look(step, model, loss_fn)
                 with torch.autocast("cpu", torch.bfloat16):
                     outputs = model(images).float()
                 optimizer.zero_grad()
@@ -159,6 +170,7 @@ def train(options: argparse.Namespace, seed: int, mask: str, sparsity: float, se
                 optimizer.step()
                 schedule.step()
             history.append(accuracy(model, validation))
+        look(total, model, loss_fn)
     return history
 
 
