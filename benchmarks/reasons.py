@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=["plain", ALL], choices=list(schedules.SETTINGS))
-    parser.set_defaults(halved=True, budget="kept", steps=None)
+    parser.set_defaults(halved=True, budget="kept", steps=None, lr=0.1)
     args = parser.parse_args()
     seeds = range(args.seed, args.seed + args.seeds)
     keys = [(seed, mask, args.sparsity, setting) for seed in seeds for mask in args.masks for setting in args.only]

@@ -149,7 +149,7 @@ def train(
     batches = Images(loader, halved)
     validation = Images(data.Loader(found.validation, 500, shuffle=False, augment=None, **kinds), halved)
     session = Session(model, recipe).attach()
-    optimizer = torch.optim.SGD(model.parameters(), lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
     total, loss_fn = options.steps or options.epochs * len(loader), session.criterion(F.cross_entropy)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (1 + math.cos(math.pi * min(1, t / total))) / 2)
     history = []
@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=20000, help="training images")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--steps", type=int, help="in place of --epochs")
+    parser.add_argument("--lr", type=float, default=0.1, help="the first learning rate")
     parser.add_argument("--seed", type=int, default=10, help="the first seed")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=2)

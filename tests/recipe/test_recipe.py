@@ -127,6 +127,7 @@ def test_the_default_is_tost_on_any_mask() -> None:
         "soft_activation",
         "rescaled_init",
         "label_smoothing",
+        "multiplicative",
     ]
     assert all(tweak.optional for tweak in recipe.tweaks)
 
