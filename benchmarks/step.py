@@ -23,7 +23,8 @@ TITLE = "A training step"
 ABOUT = """
 SGD with momentum on random images; every contender has its own copy of the network and takes one step in each round. "static":
 a random mask of sparsity 0.9. "all tweaks": the same with ghost skips and soft activations at work, and label smoothing
-(rescaled initialisation is over before the first step); "after the ghosts": the same recipe when its schedules have ended.
+(rescaled initialisation is over before the first step); "after the ghosts": the same recipe when its schedules have ended;
+"multiplicative": the tweak that the default recipe has beside ToST's.
 RigL, SET and selfish move their masks in every step that is timed here; "an update in 100 steps" is that step and 99 of the
 static mask. "prune" is `torch.nn.utils.prune` (the weight is made anew in every forward pass), "parametrize" a module that
 multiplies weight and mask in `torch.nn.utils.parametrize`, "sparsimony" the package of that name (its SET between two updates;
@@ -50,6 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "static": {"mask": STATIC},
     "all tweaks": {"mask": STATIC, "tweaks": tweaks("1dur")},
     "after the ghosts": {"mask": STATIC, "tweaks": tweaks("1ba")},
+    "multiplicative": {"mask": STATIC, "tweaks": ["multiplicative"]},
     "rigl": moving("rigl", every="1ba"),
     "set": moving("set", every="1ba"),
     "selfish": moving("selfish", every="1ba"),
@@ -96,7 +98,16 @@ class Case:
     batch: int
     size: int
     more: tuple[str, ...] = ()
-    only: tuple[str, ...] = ("all tweaks", "after the ghosts", "rigl", "dnw", "prune", "parametrize", "sparsimony")
+    only: tuple[str, ...] = (
+        "all tweaks",
+        "after the ghosts",
+        "multiplicative",
+        "rigl",
+        "dnw",
+        "prune",
+        "parametrize",
+        "sparsimony",
+    )
     channels_last: bool = False
 
     def __str__(self) -> str:
