@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,7 +15,7 @@ from tost_plugins.errors import TostError
 from tost_plugins.training import rng
 from tost_plugins.training.batches import walk
 from tost_plugins.training.calling import FORWARD, call, loss_of
-from tost_plugins.training.functions import checkpoints_run_once
+from tost_plugins.training.functions import checkpoints_run_once, eager
 from tost_plugins.training.params import clean_name, device_of, prunable
 from tost_plugins.training.reading import Batches, generators, reading
 
@@ -162,7 +161,7 @@ def untouched(model: nn.Module, batches: Any = None, *, train: bool) -> Iterator
         stack.enter_context(reading(batches, device_of(model)))
         stack.enter_context(rng.aside(device_of(model)))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_eager())
+        stack.enter_context(eager())
         stack.enter_context(_plain_recurrent(model))
         stack.enter_context(checkpoints_run_once())
         try:
@@ -189,10 +188,3 @@ def _plain_recurrent(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.enabled = before
-
-
-def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Run compiled forwards as they were written: a compiled one has no second derivative, and would compile anew."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
