@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tost_plugins.errors import Inapplicable, TostError
+from tost_plugins.training.calling import check_callable
 from tost_plugins.training.log import say
 from tost_plugins.tweaks.label_smoothing import LabelSmoothing, Twins, check_hard
 
@@ -24,6 +25,7 @@ class Smoothing:
         self.remedy = "make the training loss with session.criterion(loss_fn)"
         self._twins: Twins | None = None  # what the last forward pass has made, where it is followed
         self._within = False  # whether a loss is being computed
+        self._losses: list[Callable[..., Any]] = []  # those that were made before the start
 
     def __reduce__(self) -> tuple:
         return Smoothing, ()
@@ -38,12 +40,23 @@ class Smoothing:
     def criterion(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
         """`loss_fn` with smoothed labels in training: a module; or `loss_fn` itself where the recipe does not smooth. Whether one
         that smooths by its own settings is in the way of a tweak that may rest turns out with its first loss."""
+        check_callable(loss_fn=loss_fn)
+        if self.session.state in ("new", "attached"):
+            self._losses.append(loss_fn)
         if self.tweak is not None and (self.session.state == "running" or not self.tweak.least_steps):
             try:
                 check_hard("label_smoothing", loss_fn)
             except TostError as error:
                 self.leave_out(error, "the loss smooths labels itself")
         return loss_fn if self.tweak is None else SmoothedLoss(loss_fn, self)
+
+    @property
+    def known(self) -> Callable[..., Any] | None:
+        """The training loss for masks that look at one, where `criterion` was given it before the start, once: cross entropy
+        with its settings. Another loss may be called in any way."""
+        loss_fn = self._losses[0] if len(self._losses) == 1 else None
+        fits = isinstance(loss_fn, nn.CrossEntropyLoss) and loss_fn.reduction != "none"
+        return loss_fn if fits or loss_fn is nn.functional.cross_entropy else None
 
     def around(self, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`compute(*args, **kwargs)`, which returns the loss, alone or in a tuple, list or dict: smoothed while the model trains;

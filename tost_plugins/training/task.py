@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch.func import functional_call
 from tost_plugins.errors import TostError
 from tost_plugins.training import rng
 from tost_plugins.training.batches import walk
-from tost_plugins.training.calling import FORWARD, call, loss_of
+from tost_plugins.training.calling import CRITERION, FORWARD, call, check_callable, loss_of, own_loss
 from tost_plugins.training.functions import checkpoints_run_once, eager
 from tost_plugins.training.params import clean_name, device_of, prunable
 from tost_plugins.training.reading import Batches, generators, reading
@@ -38,8 +39,12 @@ class Task:
     forward: Callable[[Any, Any], Any] = call
     criterion: Callable[[Any, Any], Tensor] | None = None
     steps: int | None = None  # of the whole run, where that is known
+    looked: set[str] = field(default_factory=set)  # which losses were looked at that nobody has given
 
     def __post_init__(self) -> None:
+        check_callable(loss_fn=self.loss_fn, forward=self.forward, criterion=self.criterion)
+        if self.forward is None:
+            object.__setattr__(self, "forward", call)
         if self.batches is not None:
             object.__setattr__(self, "batches", Batches.of(self.batches, self.device))
 
@@ -95,8 +100,23 @@ class Task:
     def loss(self, outputs: Any, batch: Any) -> Tensor:
         """The training loss of these outputs."""
         if self.criterion is not None:
-            return self.criterion(outputs, batch)
+            return self._by_criterion(outputs, batch)
+        if self.loss_fn is None:
+            self.looked.add("cross entropy" if own_loss(outputs) is None else "the model's own")
         return loss_of(outputs, batch, self.model, self.loss_fn)
+
+    def _by_criterion(self, outputs: Any, batch: Any) -> Tensor:
+        assert self.criterion is not None
+        try:
+            return self.criterion(outputs, batch)
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            made = self.criterion if isinstance(self.criterion, FunctionType) else type(self.criterion)
+            if made.__module__ not in ("torch.nn.functional", "torch.nn.modules.loss"):
+                raise  # the user's own
+            raise TostError(
+                f"criterion: expected a function of the outputs and the batch, got {made.__name__}, which does not take a "
+                f"{type(batch).__name__} ({type(error).__name__}: {error}); {CRITERION}"
+            ) from error
 
     def _run(self, batch: Any, labels: bool | None) -> Any:
         labels = self.loss_fn is None and self.criterion is None if labels is None else labels
