@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +64,14 @@ def test_what_is_no_network_is_named() -> None:
     for thing, got in (([nn.Linear(2, 2)], "list"), (nn.Linear, "the class Linear"), (None, "NoneType")):
         with pytest.raises(TostError, match=f"attach: expected a torch.nn.Module, got {got}; pass the network itself"):
             Session(thing, {"mask": RANDOM, "tweaks": []}).attach()  # type: ignore[arg-type]
+
+
+def test_a_given_mask_is_a_mask(tmp_path: Path) -> None:
+    for thing in (str(tmp_path / "mask.pt"), {"fc.weight": torch.ones(2)}):
+        with pytest.raises(
+            TostError, match=r"mask: expected a Mask, got (str|dict); Mask.load\(path\) reads a file, Mask\(dict\)"
+        ):
+            Session(Digits(), {"mask": RANDOM, "tweaks": []}, mask=thing)  # type: ignore[arg-type]
 
 
 def test_a_copy_of_a_session_leads_nothing_and_says_so() -> None:

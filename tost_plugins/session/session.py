@@ -59,6 +59,10 @@ class Session(Loops, Told):
     def __init__(
         self, model: nn.Module, recipe: tost_plugins.Recipe | dict | str | None = None, mask: Mask | None = None
     ) -> None:
+        if mask is not None and not isinstance(mask, Mask):
+            raise TostError(
+                f"mask: expected a Mask, got {type(mask).__name__}; Mask.load(path) reads a file, Mask(dict) takes tensors"
+            )
         self.model, self.recipe, self.given_mask = model, tost_plugins.Recipe.of(recipe), mask
         self.state = "new"
         self.tweaks = ActiveTweaks(model, self.recipe.tweaks)

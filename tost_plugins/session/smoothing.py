@@ -21,6 +21,7 @@ class Smoothing:
     def __init__(self, session: Any = None) -> None:
         self.session = session
         self.seen = False  # whether a training loss has been smoothed since start
+        self.in_eval = False  # whether one came by while the model was in eval mode
         self.passed = False  # whether a batch without a loss came by
         self.remedy = "make the training loss with session.criterion(loss_fn)"
         self._twins: Twins | None = None  # what the last forward pass has made, where it is followed
@@ -64,6 +65,7 @@ class Smoothing:
         Raises TostError where smoothing is required and the loss is none that it can act on."""
         tweak = self._now()
         if tweak is None:
+            self.in_eval = self.in_eval or (torch.is_grad_enabled() and not self._within and self._evaluates())
             return compute(*args, **kwargs)
         twins, self._within = self._twins or Twins(tweak.alpha), True
         try:
@@ -98,7 +100,12 @@ class Smoothing:
     def check(self) -> None:
         """By a session's first step some training loss has been smoothed; else leave smoothing out, or raise TostError."""
         if not self.seen and not self.passed and not self.session.run.saved.stepped and self.tweak is not None:
-            self._unfit("never came by", self.remedy)
+            if self.in_eval:
+                self._unfit(
+                    "came by while the model was in eval mode", "call model.train(), after which norms may eval()"
+                )
+            else:
+                self._unfit("never came by", self.remedy)
 
     def leave_out(self, error: TostError, why: str) -> None:
         """Raise the error, or go on without smoothing where that is optional: in one line, and `why` in the report."""
@@ -115,6 +122,9 @@ class Smoothing:
         if self._within or session is None or session.state != "running" or not session.model.training:
             return None
         return self.tweak if torch.is_grad_enabled() else None
+
+    def _evaluates(self) -> bool:
+        return self.session is not None and self.session.state == "running" and not self.session.model.training
 
     def _unfit(self, what: str, remedy: str) -> None:
         error = TostError(
