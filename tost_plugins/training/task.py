@@ -100,10 +100,12 @@ class Task:
     def loss(self, outputs: Any, batch: Any) -> Tensor:
         """The training loss of these outputs."""
         if self.criterion is not None:
-            return self._by_criterion(outputs, batch)
-        if self.loss_fn is None:
-            self.looked.add("cross entropy" if own_loss(outputs) is None else "the model's own")
-        return loss_of(outputs, batch, self.model, self.loss_fn)
+            loss = self._by_criterion(outputs, batch)
+        else:
+            if self.loss_fn is None:
+                self.looked.add("cross entropy" if own_loss(outputs) is None else "the model's own")
+            loss = loss_of(outputs, batch, self.model, self.loss_fn)
+        return loss.reshape(()) if isinstance(loss, Tensor) and loss.numel() == 1 else loss
 
     def _by_criterion(self, outputs: Any, batch: Any) -> Tensor:
         assert self.criterion is not None
@@ -169,14 +171,15 @@ class _Run(nn.Module):
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, batches: Any = None, *, train: bool) -> Iterator[None]:
-    """Look at a model in train or eval mode and leave no trace: modes, attributes that a forward pass sets, random generators
-    and the loader (the task's batches) return, and gradient checkpointing runs nothing a second time.
+    """Look at a model in train or eval mode and leave no trace: modes, attributes that a forward pass sets or changes, random
+    generators and the loader (the task's batches) return, and gradient checkpointing runs nothing a second time.
 
     Weights, gradients and buffers are safe because `Task` works on copies.
     """
     modes = [(module, module.training) for module in model.modules()]
     own = [undo for module in model.modules() for undo in generators(module)]
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    own += [undo for _, held in attributes for value in held.values() for undo in _undo(value)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(reading(batches, device_of(model)))
         stack.enter_context(rng.aside(device_of(model)))
@@ -196,6 +199,14 @@ def untouched(model: nn.Module, batches: Any = None, *, train: bool) -> Iterator
                 for name in now.keys() - before.keys():
                     del now[name]
                 now.update(before)
+
+
+def _undo(value: Any) -> list[Callable[[], Any]]:
+    """What gives a tensor that is an attribute, and no buffer, its numbers back, where they were written into."""
+    if not isinstance(value, Tensor) or value.is_inference():
+        return []
+    before, version = value.detach().clone(), value._version
+    return [lambda: None if value._version == version else value.detach().copy_(before)]
 
 
 @contextlib.contextmanager
