@@ -100,7 +100,7 @@ class Smoothing:
     def check(self) -> None:
         """By a session's first step some training loss has been smoothed; else leave smoothing out, or raise TostError."""
         if not self.seen and not self.passed and not self.session.run.saved.stepped and self.tweak is not None:
-            if self.in_eval:
+            if self.in_eval and self._evaluates():  # still
                 self._unfit(
                     "came by while the model was in eval mode", "call model.train(), after which norms may eval()"
                 )
