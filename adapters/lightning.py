@@ -18,7 +18,7 @@ from tost_plugins.session.drive import check_stepped, follow
 from tost_plugins.session.ends import plain_from
 from tost_plugins.session.session import Session, session_of
 from tost_plugins.session.steps import around
-from tost_plugins.training.calling import call
+from tost_plugins.training.calling import call, check_callable
 from tost_plugins.training.clock import Clock, count
 from tost_plugins.training.log import say
 from tost_plugins.training.params import some
@@ -58,6 +58,7 @@ class TostLightning(Callback):  # type: ignore[misc]
         total_steps: int | None = None,
         **overrides: Any,
     ) -> None:
+        check_callable(forward=forward, criterion=criterion)
         self._forward, self._criterion, self._total = forward, criterion, count("total_steps", total_steps)
         self._mask = overrides.pop("mask") if isinstance(overrides.get("mask"), Mask) else None
         self.recipe = Recipe.of(recipe, **overrides)
@@ -237,7 +238,6 @@ class _Batches:
         loader, module = trainer.fit_loop._combined_loader, trainer.lightning_module
         self.loader = type(loader)(loader.iterables, loader._mode)  # the Trainer goes through its own already
         self.loader.limits = loader.limits
-
         convert, place = trainer.precision_plugin.convert_input, trainer.strategy.batch_to_device
         self.place = lambda batch: place(module._on_before_batch_transfer(convert(batch), dataloader_idx=0))
 

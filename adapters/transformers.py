@@ -23,11 +23,12 @@ from tost_plugins.recipe.recipe import Recipe
 from tost_plugins.session.ends import ends, plain_from
 from tost_plugins.session.session import Session, session_of
 from tost_plugins.training.batches import length
-from tost_plugins.training.calling import call, logits_of
+from tost_plugins.training.calling import call, check_callable, logits_of
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
 from tost_plugins.tweaks.label_smoothing import check_hard
 
+_OTHER = "where that is another one, TostCallback(criterion=lambda outputs, batch: ...) says so"
 _WHERE = "Trainer(model=model, callbacks=[TostCallback(...)])"
 
 
@@ -59,6 +60,7 @@ class TostCallback(TrainerCallback, ExportableState):
         criterion: Callable[[Any, Any], Tensor] | None = None,
         **overrides: Any,
     ) -> None:
+        check_callable(forward=forward, criterion=criterion)
         self._forward, self._criterion = forward, criterion
         self._mask = overrides.pop("mask") if isinstance(overrides.get("mask"), Mask) else None
         self.recipe = Recipe.of(recipe, **overrides)
@@ -79,6 +81,7 @@ class TostCallback(TrainerCallback, ExportableState):
         """A `compute_loss_func` for the Trainer: `loss_fn(logits, labels)`, a mean over the labels that count (those that are
         not -100), with smoothed labels in training, scaled for gradient accumulation as the Trainer expects. Masks and
         initialisations that look at the loss look at this one."""
+        check_callable(loss_fn=loss_fn)
         if any(t.kind == "label_smoothing" and not t.optional and not t.least_steps for t in self.recipe.tweaks):
             check_hard("TostCallback.criterion: label_smoothing", loss_fn)
 
@@ -133,10 +136,14 @@ class TostCallback(TrainerCallback, ExportableState):
         _check_synchronised(args, trainer)
         own = getattr(trainer, "compute_loss_func", None)
         how = {"forward": self._forward, "criterion": self._criterion}
-        given = self._criterion is not None or self._forward is not call
+        given = self._criterion is not None or self._forward not in (call, None)
         session.start(kwargs["optimizer"], loader, clock=clock, **(how if given or own is None else _conventions(own)))
         if session.state == "running":
             _smooth_once(session, args)
+        if "the model's own" in session.looked and type(trainer).compute_loss is not Trainer.compute_loss:
+            say(
+                f"{type(trainer).__name__}.compute_loss: was not looked at, but the loss that the model returns; {_OTHER}"
+            )
         self._shifts = getattr(trainer, "_loss_shifts_labels", False)
         if trainer is not None and own is None and not self._unfollow:  # an own function is smoothed by `criterion`
             self._unfollow = [functools.partial(setattr, trainer, "compute_loss", trainer.compute_loss)]

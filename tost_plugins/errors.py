@@ -19,6 +19,13 @@ _NOT_THERE = (
 )  # as pydantic calls it
 
 
+#: What pydantic expects, by what it calls the problem, as a recipe has it.
+_WORDS = {
+    **dict.fromkeys(("dict_type", "mapping_type", "model_type", "dataclass_type", "model_attributes_type"), "keys and values"),
+    **dict.fromkeys(("tuple_type", "list_type"), "a list"),
+}  # fmt: skip
+
+
 class TostError(ValueError):
     """Something the user can mend, worded in one line: where, what was expected, the value, the remedy.
 
@@ -100,7 +107,8 @@ def from_pydantic(where: str, error: ValidationError, kinds: Container[object] =
     )  # often what is missing
     parts = [str(part) for part in first["loc"]]
     path = ".".join(p for i, p in enumerate(parts) if not ("[" in p or (i and p in kinds))) or "value"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    words = _WORDS.get(first["type"])
+    message = words or first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if first["type"] == "value_error":
         text = f"{path}: {message}"
     elif first["type"] == "unexpected_positional_argument":

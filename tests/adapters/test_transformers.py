@@ -399,6 +399,36 @@ def test_an_optional_smoothing_that_finds_no_loss_says_so(tmp_path: Path, caplog
     assert callback.session.left_out == ["label_smoothing (the loss never came by)"]
 
 
+class Weighted(Trainer):
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
+        loss = F.cross_entropy(
+            model(inputs["pixel_values"])["logits"], inputs["labels"], torch.tensor([100.0, 1, 1, 0.01])
+        )
+        return (loss, {}) if return_outputs else loss
+
+
+def test_a_loss_of_the_trainers_own_that_masks_do_not_look_at_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said(trainer: type[Trainer], mask: str, **given: Any) -> list[str]:
+        caplog.clear()
+        tost = TostCallback(MASK_ONLY, mask=mask, sparsity=0.5, **given)
+        args = TrainingArguments(
+            str(tmp_path), max_steps=1, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
+        )
+        with caplog.at_level(logging.INFO, "tost_plugins"):
+            trainer(Net(), args, train_dataset=samples(8), callbacks=[tost]).train()
+        return [line for line in caplog.messages if "looked at" in line]
+
+    assert said(Weighted, "snip") == [
+        "Weighted.compute_loss: was not looked at, but the loss that the model returns; where that is another one, "
+        "TostCallback(criterion=lambda outputs, batch: ...) says so"
+    ]
+    assert said(Weighted, "random") == said(Trainer, "snip") == []
+    own: Any = lambda outputs, batch: F.cross_entropy(outputs["logits"], batch["labels"])  # noqa: E731
+    assert said(Weighted, "snip", criterion=own) == []
+
+
 # ---- what it refuses
 
 

@@ -308,8 +308,13 @@ def test_arrays_of_numpy_that_are_none(tmp_path: Path) -> None:
     assert [mask.tolist() for mask in Mask.load(path).values()] == [kept.tolist()] * 2
     whole = path.read_bytes()
     np.savez(path, **{"fc.weight": np.array([_Trap(tmp_path / "sprung")])}, allow_pickle=True)
-    refused(lambda: Mask.load(path), "expected a whole file of np.savez, got a damaged one")
+    refused(
+        lambda: Mask.load(path),
+        "expected arrays of numbers, got one of Python objects (fc.weight), which would run code",
+    )
     assert not (tmp_path / "sprung").exists()
+    np.savez(path, **{"fc.weight": kept, "names": np.array(["fc.weight"])})
+    refused(lambda: Mask.load(path), "expected arrays of numbers, got <U9 in names; save the masks or weights alone")
     np.savez_compressed(path, **{"fc.weight": np.zeros((20_000, 10_000), bool)})
     refused(lambda: Mask.load(path), "Suspect: compressed too far")
     with zipfile.ZipFile(path, "w") as file:

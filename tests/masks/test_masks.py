@@ -120,7 +120,7 @@ def test_save_and_load_packs_one_bit_a_weight(tmp_path: Path) -> None:
 
 
 def test_our_file_is_known_by_its_content(tmp_path: Path) -> None:
-    path = tmp_path / "mask.bin"
+    path = tmp_path / "mask.of_mine"
     MASK.save(path)
     assert Mask.load(str(path)) == MASK
 

@@ -119,6 +119,16 @@ def test_every_shipped_recipe_loads() -> None:
         assert Recipe.load(path) == recipe == Recipe.from_dict(recipe.to_dict())
 
 
+def test_a_file_without_a_name_is_called_by_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "my run.yaml"
+    path.write_text("mask: {kind: random, sparsity: 0.5}\n", encoding="utf-8")
+    for recipe in (Recipe.load(path), Recipe.of(path), Recipe.of(str(path), sparsity=0.25)):
+        assert recipe.name == "my run"
+    path.write_text("name: given\nmask: {kind: random, sparsity: 0.5}\n", encoding="utf-8")
+    assert Recipe.load(path).name == "given"
+    assert Recipe.from_dict({"mask": {"kind": "random", "sparsity": 0.5}}).name == "unnamed"
+
+
 def test_the_default_is_tost_on_any_mask() -> None:
     recipe = Recipe.of(None)
     assert recipe == Recipe.load("tost_any_mask") and recipe.mask.kind == "auto" and recipe.seed == 0

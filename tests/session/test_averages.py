@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -91,6 +92,36 @@ def test_averages_that_cannot_be_right_are_refused() -> None:
         session.plain(early)
     with pytest.raises(TostError, match=r"got one without body.0.weight, .*; make the average after attach"):
         session.plain(nn.Linear(2, 2))
+    with pytest.raises(
+        TostError, match=r"plain: expected a copy of the attached model, or its state dict, got int; pass the"
+    ):
+        session.plain(3)  # type: ignore[arg-type]
+
+
+def test_averages_of_another_network_are_named_for_what_they_are() -> None:
+    net, x = nn.Sequential(Digits(), nn.Linear(10, 4)), digits(1)[0][0]
+    for model, averaged, said in (
+        (net, net[0], "got one of its part '0'; average the model that the session has"),
+        (net, net[1], "got one of its part '1'; average the model that the session has"),
+        (net[0], net, "got one of a network of which that is the part '0'; pass this part of it"),
+    ):
+        session = Session(model, RANDOM).attach()
+        average = AveragedModel(averaged)
+        session.start(torch.optim.SGD(net.parameters(), lr=0.1), total_steps=STEPS)
+        session.finish()
+        with pytest.raises(TostError, match=re.escape(said)):
+            session.plain(average)
+    assert session.plain(average.module[0])(x).shape == (len(x), 10)  # type: ignore[index]
+
+
+def test_an_average_may_be_a_state_dict() -> None:
+    net = Digits()
+    session = Session(net, RANDOM).attach()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    session.start(torch.optim.SGD(net.parameters(), lr=0.1), total_steps=STEPS)
+    session.finish()
+    for name, value in session.plain(state).state_dict().items():
+        assert torch.equal(value, state[name] * session.mask.get(name, 1))
 
 
 def test_channels_last_trains_the_same_network() -> None:

@@ -122,6 +122,33 @@ def test_another_optimizer_that_steps_is_an_error_when_the_loop_ends() -> None:
         session.finish()
 
 
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask["kind"])
+def test_an_optimizer_that_is_made_anew_in_the_loop_is_said(
+    mask: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    net = small()
+    session = Session(net, recipe(mask))
+    with session.drive(optimizer := sgd(net), BATCHES, total_steps=STEPS):
+        for number, batch in enumerate(BATCHES):
+            optimizer = sgd(net) if number == 3 else optimizer
+            step(net, optimizer, batch)
+    assert sum("got none since step 3, where weights trained on" in line for line in caplog.messages) == 1
+
+
+def test_gradients_that_no_step_followed_are_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    net = small()
+    with Session(net, recipe(MASKS[0])).drive(optimizer := sgd(net), BATCHES, total_steps=2):
+        for number, (x, y) in enumerate(BATCHES):
+            F.cross_entropy(net(x), y).backward()
+            if number % 3 == 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        with torch.no_grad():
+            for param in net.parameters():  # an average's, say
+                param.mul_(0.5)
+    assert not any("trained on" in line for line in caplog.messages)
+
+
 def test_a_loop_that_begins_again_has_its_own_length() -> None:
     ghosts = {"mask": MASKS[0] | {"on_collapse": "keep_one"}, "tweaks": [{"kind": "ghost_skip", "until": "0.5dur"}]}
     alphas = []

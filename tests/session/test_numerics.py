@@ -248,3 +248,37 @@ def test_layers_without_weights_and_with_complex_ones() -> None:
 
     batches = [(torch.randn(8, 4), torch.arange(8) % 2)] * 2
     assert trained(Complex(), mask_of("snip"), [], batches).mask.kept == 12
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def usual_dtype(request: Any) -> Any:
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_another_usual_kind(kind: str, usual_dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net, x, y = Net(), torch.randn(8, 3, 6, 6), torch.arange(8) % 4
+    tweaks = [tweak for tweak in TWEAKS if tweak != "label_smoothing"]
+    session = Session(net, {"mask": {"kind": kind, "sparsity": 0.5, **KINDS[kind]}, "tweaks": tweaks, "compact": True})
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    with session.drive(optimizer, [(x, y)], F.cross_entropy, total_steps=3):
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+    assert all(param.dtype == usual_dtype for param in net.parameters())
+    assert (
+        not any(bool(net.get_parameter(name)[~kept].any()) for name, kept in session.mask.items())
+        or kind == "edge_popup"
+    )
+
+
+def test_a_layer_that_transforms_its_weight_is_known_in_any_usual_kind(usual_dtype: torch.dtype) -> None:
+    class Centred(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+    assert list(prunable(nn.Sequential(nn.Linear(2, 2), Centred(2, 2)))) == ["0.weight"]

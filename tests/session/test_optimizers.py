@@ -518,3 +518,19 @@ def test_lbfgs_begins_again_where_the_mask_moves() -> None:
             old = session.mask
             made.step(closure)
             assert (session.mask != old) == (not made.state) and not outside(session)
+
+
+def test_what_is_no_optimizer_is_named() -> None:
+    net = Digits()
+    for thing, got in (
+        (None, "NoneType"),
+        (torch.optim.SGD, "the class SGD"),
+        ({"body": torch.optim.SGD(net.parameters(), lr=0.1)}, "dict"),
+        (digits(1), "tuple"),
+    ):
+        session = Session(net, {"mask": MASKS["random"], "tweaks": []}).attach()
+        with pytest.raises(
+            TostError, match=f"optimizer: expected one of torch's kind, or a list of several, got {got}; pass"
+        ):
+            session.start(thing, total_steps=1)
+        session.finish()

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,60 @@ def step(net: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, 
     optimizer.zero_grad()
     F.cross_entropy(net(batch[0]), batch[1]).backward()
     optimizer.step()
+
+
+# ---- what comes between attach and start
+
+
+def _longer(net: nn.Module) -> None:
+    net.body[3].weight = nn.Parameter(net.body[3].weight.detach().repeat(2, 1, 1, 1))
+
+
+def _normed(net: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(net.body[3])
+
+
+@pytest.mark.parametrize("change, said", [
+    (_longer, r"start: expected the modules that were there at attach, got others at body.3; replace"),
+    (_normed, r"body.3.weight: expected the weight that was stored there at attach, got one that is computed from others"),
+])  # fmt: skip
+def test_a_weight_that_is_another_at_the_start_is_named(change: Callable[[nn.Module], None], said: str) -> None:
+    net = Digits()
+    session = Session(net, {"mask": RANDOM, "tweaks": ["ghost_skip"]}).attach()
+    change(net)
+    with pytest.raises(TostError, match=said):
+        session.start(torch.optim.SGD(net.parameters(), lr=0.1), total_steps=1)
+
+
+def test_a_part_with_a_session_is_named() -> None:
+    net = nn.Sequential(Digits(), nn.Linear(10, 4))
+    Session(net[0], {"mask": RANDOM, "tweaks": []}).attach()
+    with pytest.raises(
+        TostError, match=r"got those of 0, which has one; finish\(\) it first, or add '0\.\*' to `ignore`"
+    ):
+        Session(net, {"mask": RANDOM, "tweaks": []}).attach()
+    assert list(Session(net, {"mask": {**RANDOM, "ignore": ["0.*"]}, "tweaks": []}).attach().run.params) == ["1.weight"]
+
+
+def test_what_is_no_network_is_named() -> None:
+    for thing, got in (([nn.Linear(2, 2)], "list"), (nn.Linear, "the class Linear"), (None, "NoneType")):
+        with pytest.raises(TostError, match=f"attach: expected a torch.nn.Module, got {got}; pass the network itself"):
+            Session(thing, {"mask": RANDOM, "tweaks": []}).attach()  # type: ignore[arg-type]
+
+
+def test_a_given_mask_is_a_mask(tmp_path: Path) -> None:
+    for thing in (str(tmp_path / "mask.pt"), {"fc.weight": torch.ones(2)}):
+        with pytest.raises(
+            TostError, match=r"mask: expected a Mask, got (str|dict); Mask.load\(path\) reads a file, Mask\(dict\)"
+        ):
+            Session(Digits(), {"mask": RANDOM, "tweaks": []}, mask=thing)  # type: ignore[arg-type]
+
+
+def test_a_copy_of_a_session_leads_nothing_and_says_so() -> None:
+    net = Digits()
+    session = copy.deepcopy(Session(net, {"mask": RANDOM, "tweaks": []}).attach())
+    with pytest.raises(TostError, match=r"start: expected a session that was made for this model, got a copy of one"):
+        session.start(torch.optim.SGD(session.model.parameters(), lr=0.1), total_steps=1)
 
 
 # ---- layers that are replaced in mid-run

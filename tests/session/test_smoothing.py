@@ -188,3 +188,14 @@ def test_a_whole_step_under_torch_compile() -> None:
             loss = step(X, Y)
             torch.testing.assert_close(loss, F.cross_entropy(model(X), Y, label_smoothing=0.2))
             loss.backward(), optimizer.step()
+
+
+def test_a_model_in_eval_mode_is_named_as_such() -> None:
+    model = net().eval()
+    session, optimizer = session_of(model)
+    wanted = (
+        r"got one that came by while the model was in eval mode; call model.train\(\), after which norms may eval\(\)"
+    )
+    with pytest.raises(TostError, match=wanted), session.drive(optimizer, total_steps=1):
+        session.criterion(F.cross_entropy)(model(X), Y).backward()
+        optimizer.step()

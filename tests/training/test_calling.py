@@ -2,6 +2,7 @@
 line that names the argument which says more."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -168,7 +169,11 @@ REFUSED = {
         {"image": IMAGE, "table": TABLE, "fine_label": LABEL, "coarse_label": LABEL},
         "criterion=",
     ),
-    "a third entry": (lambda self, x: self.scores(x, TABLE), (IMAGE, LABEL, torch.arange(12)), "criterion="),
+    "a third entry": (
+        lambda self, x: self.scores(x, TABLE),
+        (IMAGE, LABEL, torch.arange(12)),
+        "got 2 entries that may be labels in a tuple; pass batches with labels, or say what the loss is: criterion=",
+    ),
     "an option in its place": (
         lambda self, x, mask=None: self.scores(x, TABLE),
         (IMAGE, LABEL, torch.arange(12)),
@@ -216,3 +221,128 @@ def test_a_sample_in_no_batch_and_a_batch_of_one() -> None:
     norm = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
     short = [(torch.rand(5, 4), torch.arange(5) % 3), (x[None], y[None])]
     assert len(rescale(Task.of(norm, batches=short), {}, iterations=4)) == 6
+
+
+# ---- what is given and cannot be called, or is another thing than its name says
+
+
+@pytest.mark.parametrize("given, said", [
+    ({"forward": "net"}, "forward: expected a function, got 'net'; say how the network is called: forward="),
+    ({"criterion": 3}, "criterion: expected a function, got 3; say what the loss is: criterion="),
+    ({"loss_fn": "mse"}, "loss_fn: expected a function, got 'mse'; pass one, such as loss_fn="),
+    ({"loss_fn": nn.CrossEntropyLoss}, "loss_fn: expected a function, got the class CrossEntropyLoss; make one: CrossEntr"),
+    ({"criterion": nn.CrossEntropyLoss()}, "a function of the outputs and the batch, got CrossEntropyLoss, which does not"),
+    ({"criterion": F.cross_entropy}, "expected a function of the outputs and the batch, got cross_entropy, which does not"),
+])  # fmt: skip
+def test_what_cannot_be_called_is_named(given: dict[str, Any], said: str) -> None:
+    net = network(plain)
+    with pytest.raises(TostError) as error:
+        masks.find(net, "snip", 0.5, [(IMAGE, TABLE, LABEL)], **given)
+    assert said in str(error.value)
+    session = Session(net, {"mask": {"kind": "snip", "sparsity": 0.5}, "tweaks": []}).attach()
+    with pytest.raises(TostError) as error:
+        session.start(torch.optim.SGD(net.parameters(), lr=0.1), [(IMAGE, TABLE, LABEL)], total_steps=1, **given)
+    assert said in str(error.value)
+
+
+def test_a_callers_own_error_in_its_criterion_is_its_own() -> None:
+    with pytest.raises(KeyError, match="no such key"):
+        masks.find(
+            network(plain), "snip", 0.5, [(IMAGE, TABLE, LABEL)], criterion=lambda outputs, batch: {}["no such key"]
+        )
+
+
+def test_no_forward_is_the_usual_one() -> None:
+    given: Any = {"forward": None}
+    batches = [(IMAGE, TABLE, LABEL)]
+    assert masks.find(network(plain), "snip", 0.5, batches, **given) == masks.find(network(plain), "snip", 0.5, batches)
+
+
+@pytest.mark.parametrize("loss_fn", ["mse", nn.MSELoss])
+def test_a_criterion_that_cannot_be_called_is_named(loss_fn: Any) -> None:
+    session = Session(network(plain), {"mask": {"kind": "random", "sparsity": 0.5}, "tweaks": []})
+    with pytest.raises(TostError, match="loss_fn: expected a function, got "):
+        session.criterion(loss_fn)
+
+
+# ---- outputs that are objects, and losses of them
+
+
+class Scores:
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+@dataclass(frozen=True)
+class Frozen:
+    logits: Tensor
+    more: tuple[Tensor, ...]
+
+
+WEIGHTS = torch.tensor([100.0, 1.0, 0.01])
+
+
+@pytest.mark.parametrize("made", [Scores, lambda scores: Frozen(scores, (IMAGE,))], ids=["an object", "a dataclass"])
+def test_grasp_takes_the_loss_of_outputs_that_it_is_given(made: Any) -> None:
+    def forward(self, image, table):
+        return made(self.scores(image, table))
+
+    def found(forward: Any, **given: Any) -> Mask:
+        return masks.find(network(forward), "grasp", 0.5, [(IMAGE, TABLE, LABEL)], per_class=3, **given)
+
+    of_logits = found(forward, criterion=lambda out, batch: F.cross_entropy(out.logits, batch[2], weight=WEIGHTS))
+    assert of_logits == found(plain, criterion=lambda out, batch: F.cross_entropy(out, batch[2], weight=WEIGHTS))
+    assert of_logits != found(forward)
+
+
+@pytest.mark.parametrize("kind", ["synflow", "grasp"])
+def test_who_looks_at_class_scores_says_how_to_return_them(kind: str) -> None:
+    def forward(self, image, table):
+        return image, self.scores(image, table)
+
+    given: Any = {"criterion": lambda outputs, batch: F.cross_entropy(outputs[1], batch[2])}
+    with pytest.raises(
+        TostError, match=f"{kind}: expected a network that returns class scores, got tuple; .* forward=lambda"
+    ):
+        masks.find(network(forward), kind, 0.5, [(IMAGE, TABLE, LABEL)], **given)
+    alone = masks.find(
+        network(forward), kind, 0.5, [(IMAGE, TABLE, LABEL)], forward=lambda model, batch: model(*batch[:2])[1]
+    )
+    assert alone == masks.find(network(plain), kind, 0.5, [(IMAGE, TABLE, LABEL)])
+
+
+# ---- the loss that is looked at where nobody has said which
+
+
+def looked(
+    caplog: pytest.LogCaptureFixture, criterion: Any = None, forward: Any = plain, **given: Any
+) -> tuple[Mask, str]:
+    caplog.clear()
+    net = network(forward)
+    session = Session(net, {"mask": {"kind": "snip", "sparsity": 0.5}, "tweaks": []})
+    if criterion is not None:
+        session.criterion(criterion)
+    with caplog.at_level("INFO", logger="tost_plugins"):
+        session.attach().start(
+            torch.optim.SGD(net.parameters(), lr=0.1), [(IMAGE, TABLE, LABEL)], total_steps=1, **given
+        )
+    return session.mask, next((line for line in caplog.messages if "has looked at" in line), "")
+
+
+def test_a_guessed_loss_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    usual, said = looked(caplog)
+    assert said == (
+        "recipe unnamed: the loss that snip has looked at is cross entropy; where another one trains, say what the loss is: "
+        "criterion=lambda outputs, batch: ..."
+    )
+    assert looked(caplog, loss_fn=F.cross_entropy) == (usual, "")
+    assert looked(caplog, forward=with_labels)[1] == ""
+    own = looked(caplog, criterion=nn.MSELoss())  # which may be called in another way than with outputs and labels
+    assert own == (usual, said)
+
+
+def test_cross_entropy_that_a_session_was_given_is_the_loss_that_is_looked_at(caplog: pytest.LogCaptureFixture) -> None:
+    weighted = nn.CrossEntropyLoss(weight=WEIGHTS)
+    found, said = looked(caplog, weighted)
+    assert not said and found == looked(caplog, loss_fn=weighted)[0] != looked(caplog)[0]
+    assert looked(caplog, F.cross_entropy) == (looked(caplog)[0], "")

@@ -93,6 +93,8 @@ def test_parametrised_layers_are_named_and_those_of_prune_refused() -> None:
     net = nn.Sequential(parametrizations.weight_norm(nn.Conv1d(2, 2, 3)), nn.Linear(2, 2))
     assert list(prunable(net)) == ["1.weight"]
     assert left_out(net) == ["masks of reparametrised weights (0)"]
+    nn.utils.spectral_norm(net.append(nn.Linear(2, 2))[2])  # the older one, under the names that pruning uses
+    assert list(prunable(net)) == ["1.weight"] and left_out(net) == ["masks of reparametrised weights (0, 2)"]
     prune.l1_unstructured(net[1], "weight", 0.5)
     with pytest.raises(
         TostError, match=r"^1\.weight: expected a plain parameter, got one that torch\.nn\.utils\.prune hides"

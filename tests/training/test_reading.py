@@ -1,6 +1,7 @@
 """Looking leaves no trace: whatever the loader is made of, a run reads the same batches, and draws the same random numbers, with
 and without the looks of a start before it."""
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, TensorDataset
 
-from tost_plugins import Session, TostError
+from tost_plugins import Session, TostError, masks
 from tost_plugins.training.reading import Batches
 
 COUNT, CPU = 20, torch.device("cpu")
@@ -226,3 +227,46 @@ def test_loaders_of_accelerate_return_too() -> None:
     for name in ("global generator", "the loader's generator", "workers that stay", "a stream"):
         for one, two in zip(run(True, LOADERS[name]), run(False, LOADERS[name]), strict=True):
             assert torch.equal(one, two), name
+
+
+# ---- what a network keeps beside its buffers
+
+
+class Keeps(nn.Module):
+    """Keeps a mean of what it has seen in a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.mean = nn.Linear(4, 6), nn.Linear(6, 3), torch.zeros(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.body(x))
+        self.mean.mul_(0.9).add_(x.detach().mean(0))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("kind", ["snip", "grasp"])
+def test_what_a_network_keeps_is_what_it_was(kind: str) -> None:
+    net, x, y = Keeps(), torch.rand(12, 4), torch.arange(12) % 3
+    net(x[:5])
+    held, mean = net.mean, net.mean.clone()
+    masks.find(net, kind, 0.3, [(x, y)], on_collapse="keep_one")
+    assert net.mean is held and torch.equal(held, mean) and bool(mean.any())
+
+
+@pytest.mark.parametrize("kind", ["snip", "grasp"])
+def test_a_loss_of_one_number_in_a_row_is_one_number(kind: str) -> None:
+    net, x, y = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.rand(12, 4), torch.arange(12) % 3
+
+    def row(outputs: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, labels)[None]
+
+    recipe = {"mask": {"kind": kind, "sparsity": 0.3}, "tweaks": [{"kind": "rescaled_init", "iterations": 2}]}
+    found = []
+    for loss_fn in (row, nn.functional.cross_entropy):
+        twin = copy.deepcopy(net)
+        session = Session(twin, recipe).attach()
+        session.start(torch.optim.SGD(twin.parameters(), lr=0.1), [(x, y)], loss_fn=loss_fn, total_steps=1)
+        found.append(twin.state_dict())
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())

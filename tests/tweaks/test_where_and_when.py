@@ -18,6 +18,7 @@ from zoo import LIBRARIES, OWN, ZOO, build, inputs, logits
 from tost_plugins import Session
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.training.clock import Clock
+from tost_plugins.training.params import clean_name
 from tost_plugins.tweaks import TWEAKS
 from tost_plugins.tweaks.ghost_skip import ghosts
 from tost_plugins.tweaks.soft_activation import SoftActivation, soft
@@ -557,4 +558,47 @@ def test_one_graph_for_each_phase_under_compile(make: Callable[[], nn.Module]) -
         for found, own in zip(compiled(x), wanted, strict=True):
             torch.testing.assert_close(found, own)
     assert len(graphs) == 3
+    torch._dynamo.reset()
+
+
+class Body(nn.Module):
+    """Convolutions with norms behind them, a ReLU that is a module and one that is called, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = (nn.Conv2d(n, 4, 3, padding=1) for n in (1, 4, 4))
+        self.norm1, self.norm2, self.relu = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.conv3(self.norm2(self.conv2(x))))
+
+
+def with_body(compiled: bool) -> nn.Module:
+    torch.manual_seed(0)
+    body = Body()
+    around: Any = torch.compile(body, backend="eager") if compiled else body
+    return nn.Sequential(around, nn.Flatten(), nn.Linear(256, 2))
+
+
+@pytest.mark.parametrize("more", [{}, {"layers": ("0.conv2", "0.relu", "0")}], ids=["all", "by name"])
+@pytest.mark.parametrize("ignore", [(), ("0.conv2",)], ids=["", "conv2 ignored"])
+def test_a_compiled_part_is_treated_as_what_is_in_it(more: dict[str, Any], ignore: tuple[str, ...]) -> None:
+    torch._dynamo.reset()
+    found, outs, x = [], [], torch.randn(2, 1, 8, 8)
+    for compiled in (False, True):
+        net = with_body(compiled)
+        for kind in CHANGES:
+            try:
+                tweak = TWEAKS[kind](**more)
+                tweak.attach(net, 0, ignore)
+            except (Inapplicable, TostError) as error:
+                found.append(str(error))
+            else:
+                tweak.advance(net, FIRST)
+        found.append(sorted(clean_name(name) for name in net.state_dict()))
+        outs.append(net.eval()(x))
+    half = len(found) // 2
+    assert found[:half] == found[half:] and any("tost_beta" in name for name in found[-1])
+    torch.testing.assert_close(*outs)
     torch._dynamo.reset()

@@ -110,11 +110,22 @@ def _arrays(file: zipfile.ZipFile, path: Path) -> dict[str, Tensor]:
             head = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, columns_first, kind = head(stream)
             content = stream.read()
-        if kind.hasobject or len(content) != math.prod(shape) * kind.itemsize:
+        name = entry.filename.removesuffix(".npy")
+        if kind.hasobject:
+            raise TostError(
+                f"{path}: expected arrays of numbers, got one of Python objects ({name}), which would run code when read; save "
+                f"what is in it singly: np.savez(path, **{{name: array}})"
+            )
+        if kind.kind not in "biufc":
+            raise TostError(
+                f"{path}: expected arrays of numbers, got {kind} in {name}; save the masks or weights alone: "
+                f"np.savez(path, **{{name: array}})"
+            )
+        if len(content) != math.prod(shape) * kind.itemsize:
             raise ValueError(f"in {entry.filename}")
         array = np.frombuffer(content, kind).reshape(shape, order="F" if columns_first else "C")
         native = np.array(array, dtype=kind.newbyteorder("="), order="C")
-        found[entry.filename.removesuffix(".npy")] = torch.from_numpy(native)
+        found[name] = torch.from_numpy(native)
     return found
 
 

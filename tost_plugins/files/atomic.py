@@ -34,6 +34,29 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+#: Names end so where another kind of file is meant than another one of these, and what makes ours of that kind.
+_ENDS = {
+    **dict.fromkeys((".npz", ".npy"), "np.savez(path, **mask) writes one of its arrays"),
+    **dict.fromkeys((".pt", ".pth", ".bin"), "torch.save(dict(...), path) writes one of its tensors"),
+    **dict.fromkeys((".safetensors", ".ckpt", ".pkl", ".tar", ".h5", ".json", ".csv", ".yaml", ".yml", ".txt"), ""),
+    ".onnx": "tost export --onnx writes one", ".pt2": "tost export --pt2 writes one",
+}  # fmt: skip
+
+
+def check_end(path: Path, own: str) -> None:
+    """Raise TostError where a name ends as files of another kind do than that of `own`, which is to be written.
+
+    Example:
+        >>> check_end(Path("mask.safetensors"), ".safetensors"), check_end(Path("mask"), ".safetensors")
+        (None, None)
+    """
+    if path.suffix != own and path.suffix in _ENDS:
+        hint = f" ({_ENDS[path.suffix]})" if _ENDS[path.suffix] else ""
+        raise TostError(
+            f"{path}: expected a name for a {own} file, got one that ends in {path.suffix}{hint}; write {path.stem}{own}"
+        )
+
+
 def write(path: Path, text: str) -> None:
     """Write a text file."""
     with replacing(path) as temporary:

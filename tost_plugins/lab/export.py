@@ -12,6 +12,7 @@ from torch import Tensor
 from tost_plugins.channels.removal import compact as smaller
 from tost_plugins.channels.sizes import changed
 from tost_plugins.errors import TostError, shown
+from tost_plugins.files.atomic import check_end
 from tost_plugins.files.containers import read
 from tost_plugins.files.folders import locate
 from tost_plugins.files.packed import FORMAT as PACKED
@@ -55,6 +56,7 @@ def export(
 def _export(path: Path, out: Path, unfinished: bool, form: Form, compact: bool) -> dict[str, Any]:
     if path.resolve() == out.resolve():
         raise TostError("expected another file to write to, got the checkpoint itself; choose a new name")
+    check_end(out, {"onnx": ".onnx", "pt2": ".pt2"}.get(form, ".safetensors"))
     plain, masked = _plain(path, unfinished)
     weights = {name: plain[name] for name in masked} or {n: t for n, t in plain.items() if t.ndim >= 2}
     size = sum(tensor.numel() for tensor in weights.values())

@@ -13,7 +13,7 @@ from torch import Tensor
 from tost_plugins.errors import TostError
 from tost_plugins.training import ranks
 from tost_plugins.training.batches import joined, pick, size_of
-from tost_plugins.training.calling import labels_of, main_of
+from tost_plugins.training.calling import labels_of, scores_of
 from tost_plugins.training.log import say
 from tost_plugins.training.task import Task
 
@@ -31,7 +31,7 @@ def balanced(task: Task, per_class: int, method: str = "grasp") -> list[Any]:
     """
     first = task.take(1, method)[0]
     with torch.no_grad():
-        classes = main_of(task.outputs(task.weights(), first, labels=False)).shape[-1]
+        classes = scores_of(task.outputs(task.weights(), first, labels=False), method).shape[-1]
     parts, taken = _collect(task, math.ceil(per_class / ranks.world()), classes, method)
     if not parts:
         raise TostError(f"{method}: expected samples with a class, got none; check the labels")

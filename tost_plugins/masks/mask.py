@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tost_plugins.errors import TostError
 from tost_plugins.files import packed
-from tost_plugins.files.atomic import replacing
+from tost_plugins.files.atomic import check_end, replacing
 from tost_plugins.files.containers import read
 from tost_plugins.files.renamed import names_beside, renamed
 from tost_plugins.files.tensors import by_clean_name, comparable
@@ -85,8 +85,10 @@ class Mask(Mapping[str, Tensor]):
 
     def save(self, path: str | Path, card: bool = True) -> None:
         """Write one safetensors file of packed bits (1 bit a weight), to a temporary name first, then renamed; and its card
-        beside it (PATH.card.json, PATH.card.md), unless `card` is False."""
+        beside it (PATH.card.json, PATH.card.md), unless `card` is False. Raises TostError for a name that ends as other
+        kinds of files do."""
         path = Path(path)
+        check_end(path, ".safetensors")
         bits = {name: torch.from_numpy(np.packbits(mask.numpy().reshape(-1))) for name, mask in self.items()}
         shapes = json.dumps({name: list(mask.shape) for name, mask in self.items()})
         path.parent.mkdir(parents=True, exist_ok=True)

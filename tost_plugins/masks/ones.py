@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tost_plugins.errors import Inapplicable
 from tost_plugins.training.batches import pick
-from tost_plugins.training.calling import LABELS, call, inputs_in, main_of
+from tost_plugins.training.calling import LABELS, call, inputs_in, scores_of
 from tost_plugins.training.log import say
 from tost_plugins.training.params import is_layer, is_transposed, plain_modules
 from tost_plugins.training.task import Task
@@ -35,6 +35,8 @@ def batch(task: Task, weights: Mapping[str, Tensor], shape: Shape | None) -> Any
                 total(task.outputs(weights, candidate, torch.float64, labels=False))
         except Exception as error:  # the user's network may raise anything
             problem = error.__cause__ or error
+            if str(problem).startswith("synflow: "):  # it runs
+                raise Inapplicable(str(problem)) from None
             continue
         if shape is None and task.batches is None:
             say(f"synflow: no batches and no input_shape, so the input is {tuple(candidate[0].shape[1:])}")
@@ -86,7 +88,7 @@ def total(outputs: Any) -> Tensor:
     tensors = [part for part in outputs.values() if isinstance(part, Tensor)] if isinstance(outputs, Mapping) else []
     if len(tensors) > 1 and "logits" not in outputs and all(part.ndim for part in tensors):
         return torch.stack([part.sum() for part in tensors]).sum()
-    return main_of(outputs).sum()
+    return scores_of(outputs, "synflow").sum()
 
 
 def shapes(model: nn.Module, sides: Sequence[int] = _SIDES) -> Iterator[Shape]:

@@ -205,7 +205,8 @@ def shipped() -> dict[str, Path]:
 
 
 def read(name_or_path: str | Path) -> dict[str, Any]:
-    """The unchecked content of a shipped recipe or a YAML file; raises TostError if it is not readable YAML."""
+    """The unchecked content of a shipped recipe or a YAML file, by whose name it is called where it has none of its own; raises
+    TostError if it is not readable YAML."""
     path = Path(name_or_path)
     if not os.path.isfile(path):
         files = shipped()
@@ -221,7 +222,7 @@ def read(name_or_path: str | Path) -> dict[str, Any]:
         raise TostError(f"recipe {path}: expected YAML, got something unreadable ({error}); correct the file") from None
     if not isinstance(content, dict):
         raise TostError(f"recipe {path}: expected keys and values, got {type(content).__name__}; see tost recipes show")
-    return content
+    return {"name": path.stem[:200], **content}
 
 
 def apply_changes(content: Mapping[str, Any], changes: list[str]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +17,18 @@ from tost_plugins.training.params import clean_name, is_layer, some
 
 
 @torch.no_grad()
-def plain(model: nn.Module, mask: Mask, average: nn.Module) -> nn.Module:
+def plain(model: nn.Module, mask: Mask, average: nn.Module | Mapping[str, Tensor]) -> nn.Module:
     """See `Session.plain`."""
-    found = {clean_name(name): value for name, value in average.state_dict().items()}
+    if not isinstance(average, (nn.Module, Mapping)):
+        raise TostError(
+            f"plain: expected a copy of the attached model, or its state dict, got {type(average).__name__}; pass the network "
+            f"that holds the average"
+        )
+    state = average if isinstance(average, Mapping) else average.state_dict()
+    found = {clean_name(name): value for name, value in state.items()}
     network = copy.deepcopy(model)
     own = network.state_dict()
+    _check_whole(network, found)
     lacks = [name for name in own if clean_name(name) not in found]
     if lacks or buffers.CLOCK not in found:
         raise TostError(
@@ -30,6 +39,28 @@ def plain(model: nn.Module, mask: Mask, average: nn.Module) -> nn.Module:
         value.copy_(found[clean_name(name)])
     mask.apply_({clean_name(name): param for name, param in network.named_parameters(remove_duplicate=False)})
     return network
+
+
+def _check_whole(network: nn.Module, found: Mapping[str, Any]) -> None:
+    """Raise TostError for the average of a part of the network, or of a network that it is a part of."""
+    own = {clean_name(name): value.shape for name, value in network.state_dict().items()}
+    if own.keys() <= found.keys():
+        return
+    there = {name: getattr(value, "shape", None) for name, value in found.items() if not buffers.of_a_session(name)}
+    there.pop("n_averaged", None)  # AveragedModel's own
+    for part in (clean_name(f"{name}.") for name, _ in network.named_modules() if name):
+        if there and there == {name.removeprefix(part): own[name] for name in own if name.startswith(part)}:
+            raise TostError(
+                f"plain: expected an average of the whole network, got one of its part {part[:-1]!r}; average the model that the "
+                f"session has"
+            )
+    first = min(own, default="")
+    for around in sorted({name.removesuffix(first) for name in found if name.endswith(f".{first}")}):
+        if all(there.get(f"{around}{name}") == shape for name, shape in own.items()):
+            raise TostError(
+                f"plain: expected an average of the network that the session has, got one of a network of which that is the "
+                f"part {around[:-1]!r}; pass this part of it"
+            )
 
 
 def check_late(model: nn.Module) -> None:

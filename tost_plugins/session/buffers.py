@@ -45,6 +45,12 @@ def check_free(model: nn.Module, params: dict[str, nn.Parameter]) -> None:
         taken = [key for which in BESIDE if hasattr(module, key := _called(name, which))]
         if taken:
             layer = name.removesuffix(key_of(name)).removesuffix(".")
+            parts = (path for path, part in model.named_modules() if path and hasattr(part, CLOCK))
+            if part := next((path for path in parts if f"{layer}.".startswith(f"{path}.")), None):
+                raise TostError(
+                    f"attach: expected layers without a session, got those of {part}, which has one; finish() it first, or add "
+                    f"'{part}.*' to `ignore`"
+                )
             raise TostError(
                 f"attach: expected a layer {layer} ({type(module).__name__}) without a {taken[0]}, where the session keeps its "
                 f"mask, got one that has its own; rename that, use the plain layer, or add {layer!r} to `ignore`"

@@ -18,12 +18,15 @@ from tost_plugins.training import sharding
 from tost_plugins.training.clock import Clock, times_of
 from tost_plugins.training.finite import not_finite
 from tost_plugins.training.log import say
-from tost_plugins.training.params import clean_name, some, unwrap
+from tost_plugins.training.params import clean_name, layer_of, some, unwrap
 from tost_plugins.tweaks import Tweak
 
 
 def bare(model: nn.Module) -> None:
-    """Raise TostError unless the model can be attached to: not wrapped, not in parts, without a session."""
+    """Raise TostError unless the model can be attached to: a network, not wrapped, not in parts, without a session."""
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TostError(f"attach: expected a torch.nn.Module, got {got}; pass the network itself")
     if unwrap(model) is not model:
         raise TostError(
             f"attach: expected the bare model, got it inside {type(model).__name__}; attach first, then wrap or compile"
@@ -54,8 +57,13 @@ def in_whole(weights: Mapping[str, nn.Parameter], method: MaskMethod, watch: Any
 def still_ours(model: nn.Module, added: Iterable[str], tweaks: Iterable[Tweak]) -> None:
     """Modules that others put in the place of ours would train without masks, ghosts and soft activations: raise TostError
     where one of the buffers `added` at attach is gone."""
-    here = {clean_name(name) for name in buffers.names(model)}
+    here = {clean_name(name): buffer for name, buffer in model.named_buffers(remove_duplicate=False)}
     lost = {name.replace(".ghost_skip.", ".").rpartition(".")[0] for name in added if clean_name(name) not in here}
+    params = {clean_name(name): param.shape for name, param in model.named_parameters(remove_duplicate=False)}
+    for name in filter(buffers.is_mask, map(clean_name, set(added) - lost)):
+        weight = name.removesuffix(buffers.MASK)
+        if name in here and params.get(weight, here[name].shape) != here[name].shape:
+            lost.add(layer_of(weight))
     if lost:
         raise TostError(
             f"start: expected the modules that were there at attach, got others at {some(sorted(lost))}; "

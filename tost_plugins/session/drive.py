@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from tost_plugins.errors import TostError
 from tost_plugins.training.batches import length
 from tost_plugins.training.calling import call
+from tost_plugins.training.log import say
 
 
 class Loops:
@@ -104,7 +106,15 @@ def follow(session: Any, after: Callable[[], None] = lambda: None) -> Callable[[
 
 
 def check_stepped(session: Any) -> None:
-    """Raise TostError if weights had gradients, and no step of the session's optimizers has come by."""
+    """Raise TostError if weights had gradients, and no step of the session's optimizers has come by; warn if others have trained
+    them since the last one, as an optimizer that was made anew in the loop does."""
+    if session.run.saved.stepped and session.state == "running" and session.run.goes_on_elsewhere:
+        say(
+            f"recipe {session.recipe.name}: expected steps of the optimizer that the session was given, got none since step "
+            f"{session.clock.step}, where weights trained on: mask and schedules have not followed; for another optimizer begin "
+            f"the loop again with it",
+            logging.WARNING,
+        )
     if session.run.saved.stepped or not session.weights.had_gradients:
         return
     names = ", ".join(type(optimizer).__name__ for optimizer in session.optimizers.outer)

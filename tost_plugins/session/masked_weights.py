@@ -48,6 +48,7 @@ class MaskedWeights:
         self._mask: Mask | None = mask if isinstance(mask, Mask) else None  # None: made when somebody asks
         self._arrived: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # gradients as they were when last masked
         self.had_gradients = False  # since they are followed
+        self.passes, self._pass = 0, -1  # backward passes since the last step, and the last one's number
         self._looked_after = -1  # the backward pass whose end is waited for
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -77,6 +78,11 @@ class MaskedWeights:
         """What to log of a mask that moves, or has moved; nothing otherwise."""
         return self.moved
 
+    @property
+    def version(self) -> int:
+        """Changes whenever somebody writes into the weights."""
+        return sum(param._version for param in self.weights.values())
+
     # ---- gradients
 
     def follow(self) -> None:
@@ -102,6 +108,8 @@ class MaskedWeights:
         def hook(_: Tensor) -> None:
             if (found := owner()) is not None:
                 found.had_gradients = True
+                if found._pass != (number := backward.number()):
+                    found._pass, found.passes = number, found.passes + 1
                 if not found.wants_dense():
                     found._arrives(name)
                     found._look_again(param)

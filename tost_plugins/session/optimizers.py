@@ -33,7 +33,13 @@ class Optimizers:
 
     def __init__(self, given: Any, weights: Parameters) -> None:
         self.outer: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
-        self.inner: list[Any] = list(dict.fromkeys(leaf for each in self.outer for leaf in leaves(each)))
+        found = [leaf for each in self.outer for leaf in leaves(each)]
+        self.inner: list[Any] = list({id(leaf): leaf for leaf in found}.values())
+        if other := [each for each in self.inner if isinstance(each, type) or not hasattr(each, "param_groups")]:
+            got = f"the class {other[0].__name__}" if isinstance(other[0], type) else type(other[0]).__name__
+            raise TostError(
+                f"optimizer: expected one of torch's kind, or a list of several, got {got}; pass the one that steps"
+            )
         self._starts: dict[tuple[int, int], dict[str, float]] = {}  # of their state, as far as they were looked for
         self._unknown: set[str] = set()  # those that cannot be told, already said
         self._sits_out = False  # whether the step at hand is not to be taken

@@ -49,6 +49,10 @@ class Run:
         self.layers: tuple[str, ...] | None = None  # what has masks, from attach on
         self._places: Places | None = None
         self._around = AroundSteps(tweaks)
+        self._most, self._version = (
+            0,
+            0,
+        )  # the most backward passes of a step, and the weights as they were behind the last
         self._watcher: Any = None  # what the recipe's `watch` makes
 
     @property
@@ -163,9 +167,17 @@ class Run:
         self._around.after(self.weights, self.clock)
         self.clock = self.clock.at(self.clock.step + 1 if step is None else step)
         self.weights.after_step(self.clock, optimizers)
+        self._most, self.weights.passes = max(self._most, self.weights.passes), 0
+        self._version = self.weights.version
         self.saved.stepped, self.saved.gone_back = True, False
         self._tick()
         self._look()
+
+    @property
+    def goes_on_elsewhere(self) -> bool:
+        """Whether weights were trained since the last step by somebody else: more passes than any step had, and written into."""
+        assert self.weights is not None
+        return self.weights.passes > self._most and self.weights.version != self._version
 
     def exchange(self, swap: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """While an optimizer puts other weights into the network."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from tost_plugins.session.optimizers import Optimizers
 from tost_plugins.session.report import Report
 from tost_plugins.session.run import Run
 from tost_plugins.session.smoothing import Smoothing
+from tost_plugins.session.start import say_looked
 from tost_plugins.session.told import Told
 from tost_plugins.training import sharding
 from tost_plugins.training.calling import call
@@ -58,12 +59,17 @@ class Session(Loops, Told):
     def __init__(
         self, model: nn.Module, recipe: tost_plugins.Recipe | dict | str | None = None, mask: Mask | None = None
     ) -> None:
+        if mask is not None and not isinstance(mask, Mask):
+            raise TostError(
+                f"mask: expected a Mask, got {type(mask).__name__}; Mask.load(path) reads a file, Mask(dict) takes tensors"
+            )
         self.model, self.recipe, self.given_mask = model, tost_plugins.Recipe.of(recipe), mask
         self.state = "new"
         self.tweaks = ActiveTweaks(model, self.recipe.tweaks)
         self.smoothing = Smoothing(self)
         self.run = Run(model, self.recipe, mask, self.tweaks)
         self.optimizers: Optimizers | None = None
+        self.looked: frozenset[str] = frozenset()  # at which losses that nobody has given the last start has looked
         self._added: Any = None  # our buffers in the model, while they are there
 
     # ---- lifecycle
@@ -126,10 +132,14 @@ class Session(Loops, Told):
         if self.state != "finished":
             total, per_epoch = count("total_steps", total_steps), count("steps_per_epoch", steps_per_epoch)
             clock = clock or Clock(0, total, per_epoch)
+            loss_fn = loss_fn or (self.smoothing.known if criterion is None else None)
             with reading(batches, device_of(self.model)) as found:  # once, for all that look at it
                 task = Task(self.model, self.run.params, found, loss_fn, forward, criterion, clock.total_steps)
                 take = self.run.begin if self.state == "attached" else self.run.go_on
                 take(task, clock, self.optimizers)
+            self.looked = frozenset(task.looked)
+            if "cross entropy" in self.looked:
+                say_looked(self.recipe, self.tweaks)
             self.state = "running"
         else:  # before it ever ran, what was loaded since is the result
             self.run.keep(self.mask if self.run.saved.was_written else Mask.from_zeros(self.run.params))
@@ -222,9 +232,10 @@ class Session(Loops, Told):
         itself if the recipe smooths none. Raises TostError for one that smooths already, unless that is optional."""
         return self.smoothing.criterion(loss_fn)
 
-    def plain(self, average: nn.Module) -> nn.Module:
+    def plain(self, average: nn.Module | Mapping[str, Tensor]) -> nn.Module:
         """Once finished: the plain sparse network with the weights and statistics of `average`, a copy of the attached model as
-        AveragedModel or an EMA keeps; a mask that has moved is the last one. Raises TostError for one from before attach."""
+        AveragedModel or an EMA keeps, or its state dict; a mask that has moved is the last one. Raises TostError for one from
+        before attach, and for one of another network, a part of this one say."""
         if self.state != "finished":
             raise TostError(f"plain: expected a finished session, got one that is {self.state}; call finish() first")
         return averages.plain(self.model, self.mask, average)
@@ -238,6 +249,11 @@ class Session(Loops, Told):
             self.run.notice_loading()
 
     def _expect(self, call_name: str) -> None:
+        if self.smoothing.session is not self:
+            raise TostError(
+                f"{call_name}: expected a session that was made for this model, got a copy of one, which follows nothing; "
+                f"a copy of the model is trained with a session of its own: Session(copy, recipe)"
+            )
         if self.state not in _MAY[call_name]:
             raise TostError(
                 f"{call_name}: expected a session that is {' or '.join(_MAY[call_name])}, got one that is {self.state}; "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tost_plugins.errors import Inapplicable, TostError
+from tost_plugins.training.calling import check_callable
 from tost_plugins.training.log import say
 from tost_plugins.tweaks.label_smoothing import LabelSmoothing, Twins, check_hard
 
@@ -20,10 +21,12 @@ class Smoothing:
     def __init__(self, session: Any = None) -> None:
         self.session = session
         self.seen = False  # whether a training loss has been smoothed since start
+        self.in_eval = False  # whether one came by while the model was in eval mode
         self.passed = False  # whether a batch without a loss came by
         self.remedy = "make the training loss with session.criterion(loss_fn)"
         self._twins: Twins | None = None  # what the last forward pass has made, where it is followed
         self._within = False  # whether a loss is being computed
+        self._losses: list[Callable[..., Any]] = []  # those that were made before the start
 
     def __reduce__(self) -> tuple:
         return Smoothing, ()
@@ -38,6 +41,9 @@ class Smoothing:
     def criterion(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
         """`loss_fn` with smoothed labels in training: a module; or `loss_fn` itself where the recipe does not smooth. Whether one
         that smooths by its own settings is in the way of a tweak that may rest turns out with its first loss."""
+        check_callable(loss_fn=loss_fn)
+        if self.session.state in ("new", "attached"):
+            self._losses.append(loss_fn)
         if self.tweak is not None and (self.session.state == "running" or not self.tweak.least_steps):
             try:
                 check_hard("label_smoothing", loss_fn)
@@ -45,12 +51,21 @@ class Smoothing:
                 self.leave_out(error, "the loss smooths labels itself")
         return loss_fn if self.tweak is None else SmoothedLoss(loss_fn, self)
 
+    @property
+    def known(self) -> Callable[..., Any] | None:
+        """The training loss for masks that look at one, where `criterion` was given it before the start, once: cross entropy
+        with its settings. Another loss may be called in any way."""
+        loss_fn = self._losses[0] if len(self._losses) == 1 else None
+        fits = isinstance(loss_fn, nn.CrossEntropyLoss) and loss_fn.reduction != "none"
+        return loss_fn if fits or loss_fn is nn.functional.cross_entropy else None
+
     def around(self, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`compute(*args, **kwargs)`, which returns the loss, alone or in a tuple, list or dict: smoothed while the model trains;
         None, for a batch without a loss, stays None.
         Raises TostError where smoothing is required and the loss is none that it can act on."""
         tweak = self._now()
         if tweak is None:
+            self.in_eval = self.in_eval or (torch.is_grad_enabled() and not self._within and self._evaluates())
             return compute(*args, **kwargs)
         twins, self._within = self._twins or Twins(tweak.alpha), True
         try:
@@ -85,7 +100,12 @@ class Smoothing:
     def check(self) -> None:
         """By a session's first step some training loss has been smoothed; else leave smoothing out, or raise TostError."""
         if not self.seen and not self.passed and not self.session.run.saved.stepped and self.tweak is not None:
-            self._unfit("never came by", self.remedy)
+            if self.in_eval and self._evaluates():  # still
+                self._unfit(
+                    "came by while the model was in eval mode", "call model.train(), after which norms may eval()"
+                )
+            else:
+                self._unfit("never came by", self.remedy)
 
     def leave_out(self, error: TostError, why: str) -> None:
         """Raise the error, or go on without smoothing where that is optional: in one line, and `why` in the report."""
@@ -102,6 +122,9 @@ class Smoothing:
         if self._within or session is None or session.state != "running" or not session.model.training:
             return None
         return self.tweak if torch.is_grad_enabled() else None
+
+    def _evaluates(self) -> bool:
+        return self.session is not None and self.session.state == "running" and not self.session.model.training
 
     def _unfit(self, what: str, remedy: str) -> None:
         error = TostError(

@@ -22,6 +22,7 @@ from tost_plugins.session.compaction import Compaction
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.report import report
 from tost_plugins.session.wiring import Wiring
+from tost_plugins.training.calling import CRITERION
 from tost_plugins.training.clock import Clock
 from tost_plugins.training.log import say
 from tost_plugins.training.task import Task
@@ -86,6 +87,14 @@ def say_begun(
     left = f"; left out: {', '.join(tweaks.left_out)}" if tweaks.left_out else ""
     source = "a given mask" if given is not None else recipe.mask.kind
     say(f"recipe {recipe.name}: {source}, {report(weights, tweaks, False, found)}; {kinds}{left}")
+
+
+def say_looked(recipe: Any, tweaks: ActiveTweaks) -> None:
+    """The one line where nobody has said which loss trains, and one was looked at."""
+    kinds = " or ".join([recipe.mask.kind, *(tweak.kind for tweak in tweaks)])
+    say(
+        f"recipe {recipe.name}: the loss that {kinds} has looked at is cross entropy; where another one trains, {CRITERION}"
+    )
 
 
 def say_resumed(recipe: Any, given: Mask | None, saved: Clock | None, asked: Clock, mask: Mask, kind: str) -> None:

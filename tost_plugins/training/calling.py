@@ -11,13 +11,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tost_plugins.errors import TostError
+from tost_plugins.errors import TostError, shown
 
 #: Keys of a dict batch that hold the labels, the first that is there.
 LABELS = ("labels", "label", "target", "targets", "y")
 
 FORWARD = "say how the network is called: forward=lambda model, batch: ..."
 CRITERION = "say what the loss is: criterion=lambda outputs, batch: ..."
+_SCORES = "forward=lambda model, batch: model(batch[0])[0], say"
+_HOW = {"forward": FORWARD, "criterion": CRITERION}
+
+
+def check_callable(**given: Any) -> None:
+    """Raise TostError for what is given as a function (None: nothing is) and cannot be called, or is the class of a loss in
+    place of one.
+
+    Example:
+        >>> try:
+        ...     check_callable(loss_fn=torch.nn.CrossEntropyLoss)
+        ... except TostError as error:
+        ...     print(error)
+        loss_fn: expected a function, got the class CrossEntropyLoss; make one: CrossEntropyLoss()
+    """
+    for name, value in given.items():
+        if isinstance(value, type) and issubclass(value, torch.nn.Module):
+            raise TostError(
+                f"{name}: expected a function, got the class {value.__name__}; make one: {value.__name__}()"
+            )
+        if value is not None and not callable(value):
+            remedy = _HOW.get(name, f"pass one, such as {name}=torch.nn.functional.cross_entropy")
+            raise TostError(f"{name}: expected a function, got {shown(value)}; {remedy}")
 
 
 class _Inputs(NamedTuple):
@@ -52,7 +75,7 @@ def labels_of(batch: Any, model: Any = None) -> Any:
     else:
         found = []
     if len(found) != 1:
-        got = f"{len(found)} in a" if found else "a"
+        got = f"{len(found)} entries that may be labels in a" if found else "a"
         kind = f"{type(batch).__name__} of {list(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
         raise TostError(
             f"batch: expected a pair (inputs, labels) or a dict with labels, got {got} {kind}; "
@@ -87,6 +110,16 @@ def main_of(outputs: Any) -> Tensor:
     tensors = [part for part in parts if isinstance(part, Tensor) and part.ndim]
     out = _entry(outputs, "out")
     return out if out is not None else tensors[0] if len(tensors) == len(parts) == 1 else logits_of(outputs)
+
+
+def scores_of(outputs: Any, method: str) -> Tensor:
+    """As `main_of`, for a method that looks at the class scores themselves; raises TostError where nobody can tell them."""
+    try:
+        return main_of(outputs)
+    except TostError:
+        raise TostError(
+            f"{method}: expected a network that returns class scores, got {_shown(outputs)}; return them alone: {_SCORES}"
+        ) from None
 
 
 def loss_of(outputs: Any, batch: Any, model: Any, loss_fn: Callable[..., Tensor] | None) -> Tensor:

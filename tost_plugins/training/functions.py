@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -47,6 +48,14 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
 
 #: Functions that torch cannot differentiate twice, written with others that it can.
 SMOOTHER: dict[Callable[..., Any], Callable[..., Any]] = {F.hardsigmoid: _hardsigmoid}
+
+
+def eager() -> AbstractContextManager[Any]:
+    """Within: compiled forwards run as they were written. A compiled one has no second derivative, calls no hooks of the modules
+    in it, and would compile anew."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager

@@ -139,7 +139,12 @@ def prunable(
     found: dict[str, nn.Parameter] = {}
     for name, module, why_not in _layers(model, ignore):
         if name in among if among is not None else why_not is None:
-            found.setdefault(name, module._parameters[key_of(name)])  # type: ignore[arg-type]
+            if (weight := module._parameters.get(key_of(name))) is None:
+                raise TostError(
+                    f"{name}: expected the weight that was stored there at attach, got one that is computed from others "
+                    f"(weight norm, a parametrization); do that before attach, or leave it out"
+                )
+            found.setdefault(name, weight)
     if not found:
         left = "; ".join(left_out(model, ignore))
         raise TostError(
@@ -219,7 +224,7 @@ def _why_not(name: str, module: nn.Module, all_frozen: bool) -> str | None:
     """Why a layer that nobody ignores has no weight to prune; None where it has."""
     key = key_of(name)
     weight, trains = module._parameters.get(key), any(param.requires_grad for param in module.parameters())
-    if weight is None and f"{key}_orig" in module._parameters:
+    if weight is None and f"{key}_orig" in module._parameters and not _spectral(module):
         raise TostError(
             f"{name}: expected a plain parameter, got one that torch.nn.utils.prune hides; call "
             f"torch.nn.utils.prune.remove on it first (its zeros stay: from_zeros), or add it to `ignore`"
@@ -235,6 +240,11 @@ def _why_not(name: str, module: nn.Module, all_frozen: bool) -> str | None:
         return _FROZEN
     lost = not isinstance(module, nn.RNNBase) and transforms(module)
     return f"{type(module).__name__}, which transforms its weight" if lost else None
+
+
+def _spectral(module: nn.Module) -> bool:
+    """Whether it is torch's older spectral norm that hides the weight, under the name that pruning gives to one."""
+    return any(type(hook).__name__ == "SpectralNorm" for hook in module._forward_pre_hooks.values())
 
 
 def _check_values(model: nn.Module) -> None:

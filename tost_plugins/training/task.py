@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -15,8 +15,8 @@ from torch.func import functional_call
 from tost_plugins.errors import TostError
 from tost_plugins.training import rng
 from tost_plugins.training.batches import walk
-from tost_plugins.training.calling import FORWARD, call, loss_of
-from tost_plugins.training.functions import checkpoints_run_once
+from tost_plugins.training.calling import CRITERION, FORWARD, call, check_callable, loss_of, own_loss
+from tost_plugins.training.functions import checkpoints_run_once, eager
 from tost_plugins.training.params import clean_name, device_of, prunable
 from tost_plugins.training.reading import Batches, generators, reading
 
@@ -39,8 +39,12 @@ class Task:
     forward: Callable[[Any, Any], Any] = call
     criterion: Callable[[Any, Any], Tensor] | None = None
     steps: int | None = None  # of the whole run, where that is known
+    looked: set[str] = field(default_factory=set)  # which losses were looked at that nobody has given
 
     def __post_init__(self) -> None:
+        check_callable(loss_fn=self.loss_fn, forward=self.forward, criterion=self.criterion)
+        if self.forward is None:
+            object.__setattr__(self, "forward", call)
         if self.batches is not None:
             object.__setattr__(self, "batches", Batches.of(self.batches, self.device))
 
@@ -96,8 +100,25 @@ class Task:
     def loss(self, outputs: Any, batch: Any) -> Tensor:
         """The training loss of these outputs."""
         if self.criterion is not None:
+            loss = self._by_criterion(outputs, batch)
+        else:
+            if self.loss_fn is None:
+                self.looked.add("cross entropy" if own_loss(outputs) is None else "the model's own")
+            loss = loss_of(outputs, batch, self.model, self.loss_fn)
+        return loss.reshape(()) if isinstance(loss, Tensor) and loss.numel() == 1 else loss
+
+    def _by_criterion(self, outputs: Any, batch: Any) -> Tensor:
+        assert self.criterion is not None
+        try:
             return self.criterion(outputs, batch)
-        return loss_of(outputs, batch, self.model, self.loss_fn)
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            made = self.criterion if isinstance(self.criterion, FunctionType) else type(self.criterion)
+            if made.__module__ not in ("torch.nn.functional", "torch.nn.modules.loss"):
+                raise  # the user's own
+            raise TostError(
+                f"criterion: expected a function of the outputs and the batch, got {made.__name__}, which does not take a "
+                f"{type(batch).__name__} ({type(error).__name__}: {error}); {CRITERION}"
+            ) from error
 
     def _run(self, batch: Any, labels: bool | None) -> Any:
         labels = self.loss_fn is None and self.criterion is None if labels is None else labels
@@ -150,19 +171,20 @@ class _Run(nn.Module):
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, batches: Any = None, *, train: bool) -> Iterator[None]:
-    """Look at a model in train or eval mode and leave no trace: modes, attributes that a forward pass sets, random generators
-    and the loader (the task's batches) return, and gradient checkpointing runs nothing a second time.
+    """Look at a model in train or eval mode and leave no trace: modes, attributes that a forward pass sets or changes, random
+    generators and the loader (the task's batches) return, and gradient checkpointing runs nothing a second time.
 
     Weights, gradients and buffers are safe because `Task` works on copies.
     """
     modes = [(module, module.training) for module in model.modules()]
     own = [undo for module in model.modules() for undo in generators(module)]
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    own += [undo for _, held in attributes for value in held.values() for undo in _undo(value)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(reading(batches, device_of(model)))
         stack.enter_context(rng.aside(device_of(model)))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_eager())
+        stack.enter_context(eager())
         stack.enter_context(_plain_recurrent(model))
         stack.enter_context(checkpoints_run_once())
         try:
@@ -179,6 +201,14 @@ def untouched(model: nn.Module, batches: Any = None, *, train: bool) -> Iterator
                 now.update(before)
 
 
+def _undo(value: Any) -> list[Callable[[], Any]]:
+    """What gives a tensor that is an attribute, and no buffer, its numbers back, where they were written into."""
+    if not isinstance(value, Tensor) or value.is_inference():
+        return []
+    before, version = value.detach().clone(), value._version
+    return [lambda: None if value._version == version else value.detach().copy_(before)]
+
+
 @contextlib.contextmanager
 def _plain_recurrent(model: nn.Module) -> Iterator[None]:
     """Run recurrent layers without cuDNN, where they have gradients in train mode only, and no second ones."""
@@ -189,10 +219,3 @@ def _plain_recurrent(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.enabled = before
-
-
-def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Run compiled forwards as they were written: a compiled one has no second derivative, and would compile anew."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")

@@ -50,7 +50,9 @@ def _torch_forwards() -> set[Any]:
 
 @torch.no_grad()
 def _transforms(module: Any, cls: Any) -> bool:
-    weight = torch.linspace(1, 2, module.weight.numel()).view(module.weight.shape) ** 3  # no two alike
+    weight = (
+        torch.linspace(1, 2, module.weight.numel(), dtype=torch.float32).view(module.weight.shape) ** 3
+    )  # no two alike
     weight.view(-1)[:: module.weight[0].numel()] = 0  # one in each filter
     probe = copy.copy(module)
     probe._parameters = {n: None if p is None else p.detach().float().cpu() for n, p in module._parameters.items()}
@@ -65,9 +67,9 @@ def _transforms(module: Any, cls: Any) -> bool:
 def _no_samples(module: Any) -> Tensor:
     """An input of the right shape that holds nothing: a layer computes its weight all the same."""
     if isinstance(module, nn.Linear):
-        return torch.zeros(0, module.in_features)
+        return torch.zeros(0, module.in_features, dtype=torch.float32)
     sides = [(side - 1) * gap + 1 for side, gap in zip(module.kernel_size, module.dilation, strict=True)]
-    return torch.zeros(0, module.in_channels, *sides)
+    return torch.zeros(0, module.in_channels, *sides, dtype=torch.float32)
 
 
 class _Products(TorchFunctionMode):

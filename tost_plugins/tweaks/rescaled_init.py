@@ -67,7 +67,7 @@ def rescale(
     kept = {n: mask[own[n]].to(param.device, param.dtype) for n, param in params.items() if own[n] in mask}
     weights = {name: masked(param, kept.get(name)) for name, param in params.items()}
     objective = Objective(task, kept, look_ahead, norm)
-    scales = torch.ones(len(weights), device=task.device)
+    scales = torch.ones(len(weights), device=task.device, dtype=torch.float32)
     # Two memories for one set of scales: the slopes of the norm and of the loss differ in size.
     for_norm, for_loss = (torch.optim.Adam([scales], lr=rate) for _ in range(2))
     looks: list[Look] = []

@@ -15,8 +15,10 @@ app = typer.Typer(help="Find, look at and convert masks.", no_args_is_help=True)
 @app.command("find")
 def find(recipe: RecipeArg, target: TargetArg, set_: SetOption = [], as_json: JsonOption = False) -> None:
     """Find the mask of a recipe, on its model and data, without training."""
+    from tost_plugins.files.atomic import check_end
     from tost_plugins.lab.train import find_mask
 
+    check_end(target, ".safetensors")  # before it takes its time
     mask = find_mask(recipe_of(recipe, set_))
     mask.save(target)
     _show_mask(mask, target, as_json)

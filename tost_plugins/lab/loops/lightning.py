@@ -93,7 +93,8 @@ def run(job: Job, resume: bool) -> Session:
     torch.manual_seed(job.recipe.seed)  # like the other trainers, which seed themselves: dropout is the same in all
     path = job.checkpoints / "last.pt"
     resume = resume and bool(checkpoints.last({1: path}, job.model))
-    tost, batches = TostLightning(job.recipe, mask=job.mask), _Rest(job)
+    tost = TostLightning(job.recipe, mask=job.mask, criterion=lambda outputs, batch: F.cross_entropy(outputs, batch[1]))
+    batches = _Rest(job)
     with _quiet():
         batches.trainer = Trainer(
             accelerator="gpu" if job.device.type == "cuda" else "cpu", devices=1, max_epochs=-1, max_steps=job.total_steps,

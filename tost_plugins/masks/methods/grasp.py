@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -98,11 +100,20 @@ class Grasp:
         def cool(part: Any) -> Any:
             return part / self.temperature if isinstance(part, Tensor) and part.is_floating_point() else part
 
-        if isinstance(outputs, Tensor):
-            return task.loss(cool(outputs), batch)
-        if getattr(outputs, "logits", None) is not None or own_loss(outputs) is not None:
-            return loss_of(cool(main_of(outputs)), batch, task.model, task.loss_fn)
-        return task.loss(walk(cool, outputs), batch)
+        if isinstance(outputs, Tensor) or own_loss(outputs) is None:
+            return task.loss(_within(cool, outputs), batch)
+        return loss_of(cool(main_of(outputs)), batch, task.model, task.loss_fn)  # its own loss is that of hot ones
+
+
+def _within(change: Callable[[Any], Any], outputs: Any) -> Any:
+    """Outputs of the same kind with `change(part)` for the tensors in them: containers', or an object's attributes."""
+    own = is_dataclass(outputs)  # those of transformers are dicts as well, which their attributes write
+    if isinstance(outputs, Tensor) or (isinstance(outputs, (Mapping, tuple, list)) and not own):
+        return walk(change, outputs)
+    changed, put = copy.copy(outputs), setattr if isinstance(outputs, Mapping) else object.__setattr__
+    for name in [field.name for field in fields(outputs)] if own else [*getattr(outputs, "__dict__", ())]:
+        put(changed, name, walk(change, getattr(outputs, name)))
+    return changed
 
 
 def _second_derivative(value: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

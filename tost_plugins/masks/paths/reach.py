@@ -20,10 +20,9 @@ class Reach:
     def __init__(self, tape: Tape, kept: Mapping[str, Tensor]) -> None:
         self.tape = tape
         self.kept = {name: keep.detach().float().requires_grad_() for name, keep in kept.items()}
-        device = next(iter(self.kept.values())).device
-        self._of: dict[Value, Tensor] = {value: torch.ones(value.shape, device=device) for value in tape.inputs}
+        self.like: dict[str, Any] = {"device": next(iter(self.kept.values())).device, "dtype": torch.float32}
+        self._of: dict[Value, Tensor] = {value: torch.ones(value.shape, **self.like) for value in tape.inputs}
         self._of |= {value: self.kept[name] for name, value in tape.weights.items()}
-        self.device = device
         with torch.enable_grad():
             for call in tape.calls:
                 for value, reach in zip(call.outs, self._found(call), strict=True):
@@ -93,7 +92,7 @@ class Reach:
             return None
         changed = tree_map(self._factor, call.args, is_leaf=_is_part)
         if added:
-            changed = (torch.zeros(call.args[0].shape, device=self.device), *changed[1:])
+            changed = (torch.zeros(call.args[0].shape, **self.like), *changed[1:])
         assert call.function is not None
         return [call.function(*changed)]
 
@@ -103,7 +102,7 @@ class Reach:
         def inside(part: Any) -> Any:
             if isinstance(part, Value) and (part.descends or not descends):
                 return self._of[part]
-            return torch.zeros(part.shape, device=self.device) if isinstance(part, (Value, Constant)) else part
+            return torch.zeros(part.shape, **self.like) if isinstance(part, (Value, Constant)) else part
 
         args, kwargs = (tree_map(inside, part, is_leaf=_is_part) for part in (call.args, call.kwargs))
         kwargs.pop("dtype", None)
@@ -124,7 +123,7 @@ class Reach:
         """A factor of a product: what a weight keeps, and 1 for what is constant."""
         if isinstance(part, Value):
             return self._of[part]
-        return torch.ones(part.shape, device=self.device) if isinstance(part, Constant) else part
+        return torch.ones(part.shape, **self.like) if isinstance(part, Constant) else part
 
 
 def _is_part(part: Any) -> bool:

@@ -10,22 +10,22 @@ from torch import nn
 
 from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.training.log import say
-from tost_plugins.training.params import plain_modules, some
+from tost_plugins.training.params import clean_name, plain_modules, some
 from tost_plugins.tweaks.surgery.trace import Trace
 
 
 def matching(paths: Sequence[str], layers: Sequence[str], where: str, what: str) -> list[str]:
     """The paths that a glob in `layers` matches; raises TostError where none does. One line names globs that match nothing
     beside others that do."""
-    chosen = [path for path in paths if any(fnmatchcase(path, glob) for glob in layers)]
-    missed = [glob for glob in layers if not any(fnmatchcase(path, glob) for path in paths)]
+    chosen = [path for path in paths if any(_matches(path, glob) for glob in layers)]
+    missed = [glob for glob in layers if not any(_matches(path, glob) for path in paths)]
     if not chosen:
         raise TostError(
-            f"{where}.layers: expected globs that match {what}, got {list(layers)!r}; there are {some(paths)}"
+            f"{where}.layers: expected globs that match {what}, got {list(layers)!r}; there are {some([*map(_clean, paths)])}"
         )
     if missed:
         say(
-            f"{where}.layers: {some([repr(glob) for glob in missed])} match nothing; {what} is at {some(paths)}",
+            f"{where}.layers: {some([repr(glob) for glob in missed])} match nothing; {what} is at {some([*map(_clean, paths)])}",
             logging.WARNING,
         )
     return chosen
@@ -57,7 +57,9 @@ def in_training(
             left["ignored"].append(path)
         else:
             chosen.append(path)
-    named = ", ".join(f"{some([path or 'the model' for path in them])} ({why})" for why, them in left.items() if them)
+    named = ", ".join(
+        f"{some([_clean(path) or 'the model' for path in them])} ({why})" for why, them in left.items() if them
+    )
     if not chosen:
         raise Inapplicable(
             f"{where}: expected layers that train, got only {named}; leave {where} out, or mark it `optional: true`"
@@ -78,5 +80,14 @@ def _upwards(path: str) -> Iterator[str]:
 def _named(path: str, ignore: Sequence[str]) -> bool:
     """Whether a glob names this layer, or one that it is a part of, as the mask's `ignore` does."""
     return any(
-        fnmatchcase(f"{place}{end}", glob) for place in _upwards(path) for end in ("", ".weight") for glob in ignore
+        _matches(f"{place}{end}", glob) for place in _upwards(path) for end in ("", ".weight") for glob in ignore
     )
+
+
+def _matches(path: str, glob: str) -> bool:
+    """Whether a glob names it, with what a compiled or wrapped part puts into its path or without."""
+    return fnmatchcase(path, glob) or fnmatchcase(_clean(path), glob)
+
+
+def _clean(path: str) -> str:
+    return clean_name(f"{path}.").removesuffix(".")

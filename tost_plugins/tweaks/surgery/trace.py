@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tost_plugins.training.functions import RELUS
+from tost_plugins.training.functions import RELUS, eager
 from tost_plugins.training.params import plain_modules
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -119,7 +119,7 @@ def _attempt(model: nn.Module, image: Tensor) -> Trace | None:
 
 def _observe(model: nn.Module, run: Callable[[], Any]) -> Trace | None:
     record = Trace()
-    with contextlib.suppress(Exception), torch.enable_grad(), _recording(model, record), _without_traces():
+    with contextlib.suppress(Exception), torch.enable_grad(), eager(), _recording(model, record), _without_traces():
         run()
         return record
     return None
