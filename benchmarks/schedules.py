@@ -149,7 +149,9 @@ def train(
     batches = Images(loader, halved)
     validation = Images(data.Loader(found.validation, 500, shuffle=False, augment=None, **kinds), halved)
     session = Session(model, recipe).attach()
-    optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=options.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
+    )
     total, loss_fn = options.steps or options.epochs * len(loader), session.criterion(F.cross_entropy)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (1 + math.cos(math.pi * min(1, t / total))) / 2)
     history = []

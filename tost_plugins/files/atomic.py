@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tost_plugins.errors import TostError
+from tost_plugins.training.log import say
 
 
 @contextmanager
@@ -37,20 +38,23 @@ def replacing(path: Path) -> Iterator[Path]:
 #: Names end so where another kind of file is meant than another one of these, and what makes ours of that kind.
 _ENDS = {
     **dict.fromkeys((".npz", ".npy"), "np.savez(path, **mask) writes one of its arrays"),
-    **dict.fromkeys((".pt", ".pth", ".bin"), "torch.save(dict(...), path) writes one of its tensors"),
     **dict.fromkeys((".safetensors", ".ckpt", ".pkl", ".tar", ".h5", ".json", ".csv", ".yaml", ".yml", ".txt"), ""),
     ".onnx": "tost export --onnx writes one", ".pt2": "tost export --pt2 writes one",
 }  # fmt: skip
+_TORCHS = (".pt", ".pth", ".bin")
 
 
 def check_end(path: Path, own: str) -> None:
-    """Raise TostError where a name ends as files of another kind do than that of `own`, which is to be written.
+    """Raise TostError where a name ends as files of another kind do than that of `own`, which is to be written; one line where it
+    ends as those of torch.save do, as masks were often called.
 
     Example:
         >>> check_end(Path("mask.safetensors"), ".safetensors"), check_end(Path("mask"), ".safetensors")
         (None, None)
     """
-    if path.suffix != own and path.suffix in _ENDS:
+    if path.suffix in _TORCHS:
+        say(f"{path}: is written as {own}, whatever its name: Mask.load and tost read it, torch.load does not")
+    elif path.suffix != own and path.suffix in _ENDS:
         hint = f" ({_ENDS[path.suffix]})" if _ENDS[path.suffix] else ""
         raise TostError(
             f"{path}: expected a name for a {own} file, got one that ends in {path.suffix}{hint}; write {path.stem}{own}"

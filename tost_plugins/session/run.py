@@ -49,10 +49,8 @@ class Run:
         self.layers: tuple[str, ...] | None = None  # what has masks, from attach on
         self._places: Places | None = None
         self._around = AroundSteps(tweaks)
-        self._most, self._version = (
-            0,
-            0,
-        )  # the most backward passes of a step, and the weights as they were behind the last
+        self._most = 0  # backward passes of a step
+        self._version = 0  # of the weights, behind the last step
         self._watcher: Any = None  # what the recipe's `watch` makes
 
     @property
