@@ -193,17 +193,17 @@ Reached = Mapping[tuple[Place, str], float]  # a cell, and what its network's we
 
 def spread(values: Sequence[float]) -> str:
     """Mean, standard deviation and number."""
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.3f} ({statistics.stdev(values) if len(values) > 1 else 0:.3f}, {len(values)})"
+    return f"{statistics.mean(values):.3f} ({_deviation(values)}, {len(values)})" if values else "-"
 
 
 def error(values: Sequence[float]) -> str:
     """A mean difference, its standard error and the number of pairs."""
-    if not values:
-        return "-"
-    found = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):+.3f} ({found:.3f}, {len(values)})"
+    found = _deviation(values, math.sqrt(len(values)))
+    return f"{statistics.mean(values):+.3f} ({found}, {len(values)})" if values else "-"
+
+
+def _deviation(values: Sequence[float], by: float = 1.0) -> str:
+    return f"{statistics.stdev(values) / by:.3f}" if len(values) > 1 else "-"
 
 
 VERSIONS = {"SGD": ("sgd", "last"), "ASGD, averaged": ("asgd", "averaged"), "ASGD, last weights": ("asgd", "last")}

@@ -111,11 +111,11 @@ def test_the_tables_are_of_what_is_there() -> None:
     }
     lines = recurrent.tables(reached)
     assert lines[2:5] == [
-        "| 0 % | dense | 3.000 (0.000, 1) | - | - | - |",
+        "| 0 % | dense | 3.000 (-, 1) | - | - | - |",
         "| 67 % | set | 5.250 (0.354, 2) | - | - | - |",
-        "| 67 % | selfish | 4.500 (0.707, 2) | 4.000 (0.000, 1) | 6.000 (0.000, 1) | -0.500 (nan, 1) |",
+        "| 67 % | selfish | 4.500 (0.707, 2) | 4.000 (-, 1) | 6.000 (-, 1) | -0.500 (-, 1) |",
     ]
     assert lines[-2:] == [
         "| 67 % | selfish less set | -0.750 (0.250, 2) | - | - |",
-        "| 67 % | selfish less dense | +1.000 (nan, 1) | - | - |",
+        "| 67 % | selfish less dense | +1.000 (-, 1) | - | - |",
     ]
