@@ -59,7 +59,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     APART: {"kind": "selfish", **MOVES},
 }
 #: Default settings of the four, optional all of them: what finds nothing to act on in an LSTM is left out, and is in the cell.
-_FOUR = [{**tweak, "least_steps": 0} for tweak in Recipe.of(None).to_dict()["tweaks"]]
+_KINDS = ("ghost_skip", "soft_activation", "rescaled_init", "label_smoothing")
+_FOUR = [{**tweak, "least_steps": 0} for tweak in Recipe.of(None).to_dict()["tweaks"] if tweak["kind"] in _KINDS]
 TWEAKS = {TOST: _FOUR, RESCALED: [tweak for tweak in _FOUR if tweak["kind"] == "rescaled_init"]}
 PAIRS = [
     *((system, "random, static") for system in ("set", "rigl", "snfs", "selfish", TOST, RESCALED)),
