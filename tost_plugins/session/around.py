@@ -25,6 +25,7 @@ class AroundSteps:
         self.taken = False  # whether the step at hand is taken, as far as anybody knows
         self._seen: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # gradients as tweaks have left them
         self._kept: Mapping[str, Tensor] = {}  # copies of them: optimizers may write into their gradients
+        self._room: dict[str, Tensor] = {}  # where they lie in every step: new memory costs more than the copy
         self._rates: Mapping[int, float] = {}  # of the step at hand: schedules may move on before it is told
 
     def before(self, model: nn.Module, weights: MaskedWeights, clock: Clock, optimizers: Optimizers | None,
@@ -41,7 +42,7 @@ class AroundSteps:
             weights.settle()
             self._seen = {name: (weakref.ref(grad), _version(grad)) for name, grad in found.items()}
         if self.tweaks.after_steps:
-            self._kept = {} if optimizers.scaled else _copies(found)
+            self._kept = {} if optimizers.scaled else self._copies(found)
 
     def after(self, weights: MaskedWeights, clock: Clock) -> None:
         """When the optimizer has stepped; one that takes a loss scaler's factor out by itself has done so in place."""
@@ -55,6 +56,16 @@ class AroundSteps:
         seen, version = self._seen.get(name, (lambda: None, -1))
         return seen() is grad and version == _version(grad)
 
+    @torch.no_grad()
+    def _copies(self, grads: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Each rank's parts of them."""
+        parts = {name: local(grad) for name, grad in grads.items()}
+        if {name: _kind(part) for name, part in parts.items()} != {n: _kind(room) for n, room in self._room.items()}:
+            self._room = {name: torch.empty_like(part) for name, part in parts.items()}
+        if parts:
+            torch._foreach_copy_([self._room[name] for name in parts], list(parts.values()))
+        return self._room
+
     def _step(self, weights: MaskedWeights, grads: Mapping[str, Tensor], clock: Clock) -> Step:
         rates = self._rates
         return Step(weights.weights, weights.kept, grads, lambda param: rates.get(id(param), 0.0), clock, weights.made)
@@ -64,8 +75,5 @@ def _version(grad: Tensor) -> int:
     return local(grad)._version
 
 
-@torch.no_grad()
-def _copies(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each rank's parts of them; all at once, which a product with 1 is."""
-    copies = torch._foreach_mul([local(grad) for grad in grads.values()], 1) if grads else ()
-    return dict(zip(grads, copies, strict=True))
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -73,14 +73,19 @@ class Multiplicative(Tweak):
         names = [name for name, rate in rates.items() if rate]
         if not names:
             return
-        weights, kept, grads = ([local(of[name]) for name in names] for of in (step.weights, step.kept, step.gradients))
-        found = exponents(weights, grads, [rates[name] for name in names], self.strength, self.decay, self.most)
-        torch._foreach_mul_(found, kept)
+        parts = [[local(of[name]) for of in (step.weights, step.kept, step.gradients)] for name in names]
         counts = step.made.setdefault(self.kind, {})
-        counts |= {name: keep.count_nonzero() for name, keep in zip(names, kept, strict=True) if name not in counts}
-        setattr(model, _HOLDER, {"sizes": torch._foreach_norm(found, 1), "counts": [counts[name] for name in names]})
-        torch._foreach_exp_(found)
-        torch._foreach_mul_(weights, found)
+        counts |= {
+            name: keep.count_nonzero() for name, (_, keep, _) in zip(names, parts, strict=True) if name not in counts
+        }
+        sizes: list[Tensor] = []
+        for weights, kept, grads, usual in _pieces(parts, [rates[name] for name in names]):
+            found = exponents(weights, grads, usual, self.strength, self.decay, self.most)
+            torch._foreach_mul_(found, kept)
+            sizes += torch._foreach_norm(found, 1)
+            torch._foreach_exp_(found)
+            torch._foreach_mul_(weights, found)
+        setattr(model, _HOLDER, {"sizes": sizes, "counts": [counts[name] for name in names]})
 
     def detach(self, model: nn.Module) -> None:
         vars(model).pop(_HOLDER, None)
@@ -94,6 +99,24 @@ class Multiplicative(Tweak):
 
 
 _HOLDER = "tost_multiplicative"  # the model's attribute: what of the last step is logged
+
+
+_PIECE = (
+    2**17
+)  # numbers: what is made of them stays in a CPU's cache, where ten passes over whole tensors wait for memory
+
+
+def _pieces(
+    parts: list[list[Tensor]], rates: list[float]
+) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]]:
+    """Weights, kept ones, gradients and rates: on a CPU piece by piece, elsewhere all at once."""
+    if any(not part.is_cpu or not part.is_contiguous() for each in parts for part in each):
+        weights, kept, grads = (list(column) for column in zip(*parts, strict=True))
+        yield weights, kept, grads, rates
+        return
+    for each, rate in zip(parts, rates, strict=True):
+        for weight, keep, grad in zip(*(part.view(-1).split(_PIECE) for part in each), strict=True):
+            yield [weight], [keep], [grad], [rate]
 
 
 def exponents(
