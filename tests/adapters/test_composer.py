@@ -187,7 +187,7 @@ def test_one_line_trains_with_the_default_recipe_and_leaves_the_plain_network(ca
     said = [record.message for record in caplog.records if record.message.startswith("recipe")]
     assert len(said) == 1
     assert "recipe tost_any_mask: auto, sparsity 0.9000 over 4 layers" in said[0]
-    assert "; no tweaks; left out: ghost_skip (8 steps are fewer than its least_steps, 1,250), soft_" in said[0]
+    assert "; multiplicative; left out: ghost_skip (8 steps are fewer than its least_steps, 1,250), soft_" in said[0]
     session = run.state.algorithms[0].session
     assert session.state == "finished"
     assert session.mask.kept == round(0.1 * session.mask.size)
