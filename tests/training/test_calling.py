@@ -341,6 +341,16 @@ def test_a_guessed_loss_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert own == (usual, said)
 
 
+def test_the_line_names_only_what_looks(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    tweaks = ["multiplicative", "soft_activation", {"kind": "rescaled_init", "iterations": 1}]
+    session = Session(net, {"mask": {"kind": "snip", "sparsity": 0.5}, "tweaks": tweaks}).attach()
+    batches = [(torch.randn(4, 1, 2, 2), torch.tensor([0, 1, 0, 1]))]
+    with caplog.at_level("INFO", logger="tost_plugins"):
+        session.start(torch.optim.SGD(net.parameters(), lr=0.1), batches, total_steps=10)
+    assert "the loss that snip or rescaled_init has looked at is cross entropy" in caplog.text
+
+
 def test_cross_entropy_that_a_session_was_given_is_the_loss_that_is_looked_at(caplog: pytest.LogCaptureFixture) -> None:
     weighted = nn.CrossEntropyLoss(weight=WEIGHTS)
     found, said = looked(caplog, weighted)

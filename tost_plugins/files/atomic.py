@@ -44,18 +44,19 @@ _ENDS = {
 _TORCHS = (".pt", ".pth", ".bin")
 
 
-def check_end(path: Path, own: str) -> None:
-    """Raise TostError where a name ends as files of another kind do than that of `own`, which is to be written; one line where it
-    ends as those of torch.save do, as masks were often called.
+def check_end(path: Path, own: str, tell: bool = True) -> None:
+    """Raise TostError where a name ends as files of another kind do than that of `own`, which is to be written; one line, unless
+    `tell` is False, where safetensors get a name of torch.save's, as masks were often called.
 
     Example:
         >>> check_end(Path("mask.safetensors"), ".safetensors"), check_end(Path("mask"), ".safetensors")
         (None, None)
     """
-    if path.suffix in _TORCHS:
-        say(f"{path}: is written as {own}, whatever its name: Mask.load and tost read it, torch.load does not")
-    elif path.suffix != own and path.suffix in _ENDS:
-        hint = f" ({_ENDS[path.suffix]})" if _ENDS[path.suffix] else ""
+    if own == ".safetensors" and path.suffix in _TORCHS:
+        if tell:
+            say(f"{path}: is written as {own}, whatever its name: Mask.load and tost read it, torch.load does not")
+    elif path.suffix != own and path.suffix in (*_ENDS, *_TORCHS):
+        hint = f" ({hint})" if (hint := _ENDS.get(path.suffix)) else ""
         raise TostError(
             f"{path}: expected a name for a {own} file, got one that ends in {path.suffix}{hint}; write {path.stem}{own}"
         )

@@ -112,6 +112,11 @@ class ActiveTweaks:
             tweak.detach(self.model)
 
     @property
+    def looking(self) -> list[str]:
+        """The kinds of those that look at the task before the mask is there."""
+        return [tweak.kind for tweak in self.active if _acts(tweak, "look")]
+
+    @property
     def around_steps(self) -> bool:
         """Whether one of them acts on gradients or after the step."""
         return self.after_steps or any(_acts(tweak, "before_step") for tweak in self.active)

@@ -91,7 +91,7 @@ def say_begun(
 
 def say_looked(recipe: Any, tweaks: ActiveTweaks) -> None:
     """The one line where nobody has said which loss trains, and one was looked at."""
-    kinds = " or ".join([recipe.mask.kind, *(tweak.kind for tweak in tweaks)])
+    kinds = " or ".join([recipe.mask.kind, *tweaks.looking])
     say(
         f"recipe {recipe.name}: the loss that {kinds} has looked at is cross entropy; where another one trains, {CRITERION}"
     )

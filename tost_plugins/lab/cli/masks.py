@@ -18,7 +18,7 @@ def find(recipe: RecipeArg, target: TargetArg, set_: SetOption = [], as_json: Js
     from tost_plugins.files.atomic import check_end
     from tost_plugins.lab.train import find_mask
 
-    check_end(target, ".safetensors")  # before it takes its time
+    check_end(target, ".safetensors", tell=False)  # before it takes its time; `save` tells
     mask = find_mask(recipe_of(recipe, set_))
     mask.save(target)
     _show_mask(mask, target, as_json)
