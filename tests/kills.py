@@ -1,6 +1,6 @@
 """Kill runs of `tost` at random moments, resume them, and compare what they end with to a run that nobody killed.
 
-    python tests/kills.py --trainers torch composer --methods tost rigl dnw --kills 50
+    python tests/kills.py --trainers torch composer --methods tost rigl dnw compact --kills 50
 
 A run is a process of its own, forked from this one so that it need not import torch again, and its whole process group
 gets SIGKILL: after a random time; while a checkpoint is being written; or just before a random one of the run's changes
@@ -54,6 +54,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "tost": {"mask": {"kind": "snip", "sparsity": 0.9}, "tweaks": TWEAKS},
     "rigl": {"mask": {"kind": "rigl", "sparsity": 0.9, "every": "1ba", "until": "8ba"}},
     "dnw": {"mask": {"kind": "dnw", "sparsity": 0.9}},
+    "compact": {
+        "mask": {"kind": "synflow", "sparsity": 0.95, "rounds": 4},
+        "compact": True,
+        "tweaks": [{"kind": "multiplicative"}],
+    },
     "lottery": {"mask": {"kind": "lottery_ticket", "sparsity": 0.7, "prune": 0.5, "rewind": "3ba"}, "duration": "4ep"},
 }
 _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
@@ -67,7 +72,7 @@ def main() -> None:
     """The command line; exit status 1 if any case failed."""
     read = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     read.add_argument("--trainers", nargs="+", choices=TRAINERS, default=[t for t in TRAINERS if installed(t)])
-    read.add_argument("--methods", nargs="+", choices=METHODS, default=["tost", "rigl", "dnw"])
+    read.add_argument("--methods", nargs="+", choices=METHODS, default=["tost", "rigl", "dnw", "compact"])
     read.add_argument("--kills", type=int, default=50, help="for each trainer, shared among the methods")
     read.add_argument("--seed", type=int, default=0)
     asked = read.parse_args()
