@@ -144,7 +144,76 @@ def test_what_counts_as_a_mask_and_as_a_weight(
     assert {name: kept.tolist() for name, kept in found.items()} == expected
 
 
+Q = torch.tensor([[7, 0], [-3, 9]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("layer", "made"),
+    [
+        ({"qweight": Q, "qzeros": Q, "scales": torch.ones(1, 2), "g_idx": torch.arange(2)}, "GPTQ or AWQ"),
+        ({"weight": Q.to(torch.uint8), "weight.absmax": torch.ones(2)}, ""),
+        ({"weight": Q.to(torch.int8), "SCB": torch.ones(2)}, ""),
+        ({"weight_packed": Q, "weight_scale": torch.ones(2, 1)}, "compressed-tensors"),
+        ({"compressed": torch.ones(3), "bitmask": Q.to(torch.uint8)}, "compressed-tensors"),
+        ({"W_q": Q.to(torch.uint8), "scale": torch.ones(2)}, "HQQ"),
+        ({"up_blocks": Q.to(torch.uint8), "up_scales": Q.to(torch.uint8)}, "MXFP4"),
+        ({"scale": torch.tensor(1.0), "zero_point": torch.tensor(0)}, "torch.ao.quantization"),
+        ({"weight": Q, "bias": torch.ones(2)}, ""),
+    ],
+    ids=["GPTQ", "4 bits", "8 bits", "packed", "bits of a mask", "HQQ", "MXFP4", "torch.ao", "integers"],
+)
+def test_quantized_weights_are_not_passed_over(layer: dict[str, Tensor], made: str, tmp_path: Path) -> None:
+    around = {"head.weight": 2 * torch.eye(2), "norm.weight": torch.ones(2)}
+    path = saved({f"fc.{name}": tensor for name, tensor in layer.items()} | around, tmp_path)
+    for read in (Mask.load, lambda path: export(path, tmp_path / "out.safetensors")):
+        refused(
+            lambda read=read: read(path),
+            "expected weights as numbers, got fc.",
+            f"quantized{made and f' ({made})'}; use the",
+        )
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_weights_that_are_to_be_quantized_are_weights(tmp_path: Path) -> None:
+    observed = {
+        "fc.weight_fake_quant.scale": torch.ones(1),
+        "fc.weight_fake_quant.zero_point": torch.zeros(1, dtype=torch.int32),
+    }
+    assert list(Mask.load(saved({"fc.weight": 2 * torch.eye(2), **observed}, tmp_path))) == ["fc.weight"]
+
+
+def test_what_peft_adds_is_no_mask_unless_it_shows_one(tmp_path: Path) -> None:
+    base, down, up = {"fc.base_layer.weight": 2 * torch.eye(2)}, torch.full((1, 2), 0.3), torch.zeros(2, 1)
+    small = {"fc.lora_A.default.weight": down, "fc.lora_B.default.weight": up}
+    assert list(Mask.load(saved({**base, **small}, tmp_path))) == list(base)
+    refused(
+        lambda: Mask.load(saved(small, tmp_path)), "got those that PEFT adds to a network; merge_and_unload() there"
+    )
+    pruned = {"fc.lora_A.default.weight": torch.tensor([[1.0, 0.0]]), "fc.lora_B.default.weight": up}
+    assert list(Mask.load(saved({**base, **pruned}, tmp_path))) == [*base, "fc.lora_A.default.weight"]
+
+
 # Folders and parts of something
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("zero_to_fp32.py", "a folder of DeepSpeed; python zero_to_fp32.py"),
+        ("latest", "a folder of DeepSpeed; pass the file mp_rank_00_model_states.pt"),
+        ("saved_model.pb", "a folder of TensorFlow; save the weights with np.savez"),
+        ("_CHECKPOINT_METADATA", "a folder of Orbax"),
+        ("openvino_model.xml", "a folder of OpenVINO"),
+    ],
+)
+def test_folders_that_are_only_named(file: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text("global_step10")
+    for read in (Mask.load, lambda path: export(path, tmp_path / "out")):
+        refused(lambda read=read: read(tmp_path), f"expected a checkpoint, got {said}")
+    save_file(
+        {"fc.weight": 2 * torch.eye(2)}, tmp_path / "model.safetensors"
+    )  # a trainer has put the whole network beside
+    assert Mask.load(tmp_path).kept == 2
 
 
 def test_of_several_things_in_a_folder_none_is_taken_in_silence(tmp_path: Path) -> None:
@@ -389,7 +458,7 @@ def test_an_exported_program_of_a_later_torch(tmp_path: Path) -> None:
 
 
 def test_what_is_only_named(tmp_path: Path) -> None:
-    for name in ("a.gguf", "a.h5", "a.keras", "a.tflite", "a.msgpack"):
+    for name in ("a.gguf", "a.h5", "a.keras", "a.tflite", "a.msgpack", "a.pdparams", "a.mlmodel", "a.engine"):
         (tmp_path / name).write_bytes(b"whatever")
         for read in (Mask.load, lambda path: export(path, tmp_path / "out")):
             refused(

@@ -57,7 +57,12 @@ NAMED = {
     ".gguf": "a file of GGUF, whose weights are quantized; use the checkpoint that it was made of",
     ".tflite": "a file of TensorFlow Lite; save the weights with np.savez",
     ".msgpack": "a file of Flax; save the weights with safetensors or np.savez",
+    ".pdparams": "a file of Paddle; save the weights with np.savez",
+    ".mlmodel": "a file of Core ML; use the checkpoint that it was made of",
+    ".engine": "a file of TensorRT; use the checkpoint that it was made of",
+    **dict.fromkeys((".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"), "a packed file; unpack it, and pass what was in it"),
 }
+PEFT = "those that PEFT adds to a network; merge_and_unload() there, then save the network"
 
 
 def read(source: str | Path, first: Sequence[str] = ()) -> Contents | None:
@@ -78,7 +83,7 @@ def read(source: str | Path, first: Sequence[str] = ()) -> Contents | None:
 def _read(path: Path) -> Contents:
     said = NAMED.get(path.suffix)
     if path.name.startswith("adapter_model."):
-        said = "those that PEFT adds to a network; merge_and_unload() there, then save the network"
+        said = PEFT
     if said is not None:
         raise TostError(f"{path}: expected tensors with names, got {said}")
     for container in CONTAINERS:

@@ -22,13 +22,21 @@ _NOT_WEIGHTS = re.compile(
     r"(?:optimizer|scheduler|scaler|random_states|rng_state|training_args|sampler|custom_checkpoint)"
 )
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<end>\.\w+)$")
+#: Folders that are named and not read, by a file in them, and what to do instead.
+NAMED = {
+    "zero_to_fp32.py": "a folder of DeepSpeed; python zero_to_fp32.py . OUT in it, then pass what that writes",
+    "latest": "a folder of DeepSpeed; pass the file mp_rank_00_model_states.pt in the folder that `latest` names",
+    "saved_model.pb": "a folder of TensorFlow; save the weights with np.savez",
+    "_CHECKPOINT_METADATA": "a folder of Orbax; save the weights with safetensors or np.savez",
+    "openvino_model.xml": "a folder of OpenVINO; use the checkpoint that it was made of",
+}
 _SEVERAL = re.compile(r"^(?:model|pytorch_model)_\d+\.\w+$")
 
 
 def locate(source: Path, first: Sequence[str] = ()) -> Path | None:
     """The file with a network's weights, an index of its shards, or a folder of torch.distributed.checkpoint: the source itself,
     or what lies in this folder, its `checkpoints`, or the newest of its numbered ones. `first` are names to look for before
-    others. None where there is nothing; raises TostError where there are several, or a shard alone.
+    others. None where there is nothing; raises TostError where there are several, a shard alone, or what is only named.
     """
     if os.path.isfile(source):
         _check_whole(source)
@@ -37,9 +45,9 @@ def locate(source: Path, first: Sequence[str] = ()) -> Path | None:
         return None
     numbered = [path for place in (source, source / "checkpoints") for path in place.glob("*-[0-9]*") if path.is_dir()]
     folders = [source, source / "checkpoints", *sorted(numbered, key=_number, reverse=True)]  # checkpoint-500, step-500
-    for names in ((*first, *NAMES), ()):
+    for look in (lambda folder: _named(folder, (*first, *NAMES)), _check_read, _only):
         for folder in folders:
-            found = _named(folder, names) if names else _only(folder)
+            found = look(folder)
             if found is not None:
                 return found
     return None
@@ -86,6 +94,13 @@ def _named(folder: Path, names: Sequence[str]) -> Path | None:
             f"{folder}: expected one network, got {found.name} and {some(others)}; pass the file of one of them"
         )
     return found
+
+
+def _check_read(folder: Path) -> None:
+    """Raise TostError for a folder of which we know what it is, and which is not read."""
+    said = next((said for name, said in NAMED.items() if os.path.isfile(folder / name)), None)
+    if said is not None:
+        raise TostError(f"{folder}: expected a checkpoint, got {said}")
 
 
 def _only(folder: Path) -> Path | None:

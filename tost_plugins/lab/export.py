@@ -24,6 +24,7 @@ from tost_plugins.lab.export_network import network
 from tost_plugins.masks.card import card, write_card
 from tost_plugins.masks.layouts import Layout, check_hidden, check_strange, layout, only_0_and_1
 from tost_plugins.masks.mask import FORMAT, Mask
+from tost_plugins.masks.quantized import check_quantized
 from tost_plugins.session import buffers, kinds
 from tost_plugins.training.params import prunable
 from tost_plugins.tweaks.soft_activation import RELU
@@ -148,6 +149,7 @@ def _check_weights(parts: Layout) -> None:
             f"expected weights and their masks, got {computed[0]} under more parametrizations than its mask; take them off first "
             f"(torch.nn.utils.parametrize.remove_parametrizations)"
         )
+    check_quantized(parts.plain)
     check_hidden(parts)
     check_strange(parts)
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from tost_plugins.errors import TostError
+from tost_plugins.files.containers import PEFT
 from tost_plugins.files.tensors import comparable
+from tost_plugins.masks.quantized import added, check_quantized
 from tost_plugins.training.log import say
 from tost_plugins.training.params import some
 
@@ -72,6 +74,7 @@ def mask_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = layout(tensors)
     if found.masks:
         return found.masks
+    check_quantized(found.plain)
     if not found.hidden and all(map(only_0_and_1, tensors.values())):
         ends = all(name.endswith("_mask") for name in tensors)
         return {name.removesuffix("_mask") if ends else name: tensor for name, tensor in tensors.items()}
@@ -84,9 +87,12 @@ def mask_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         and t.ndim >= 2
         and (t.is_floating_point() or t.is_complex())
         and not name.endswith("_mask")
+        and not added(name, t)
     }
     weights = {name: tensor for name, tensor in numbers.items() if _WEIGHT.search(name)} | found.zeros or numbers
     if not weights:
+        if any(added(name, tensor) for name, tensor in tensors.items()):
+            raise TostError(f"expected masks or weights, got {PEFT}")
         raise TostError("expected masks or weights, got neither; save model.state_dict() or a dict name -> mask")
     return {name: comparable(tensor) != 0 for name, tensor in weights.items()}
 
