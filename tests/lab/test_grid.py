@@ -187,6 +187,21 @@ def test_a_script_without_a_main_guard_runs_a_grid_whose_processes_end_with_it(t
     assert record["rows"] == [{"pid": inner}]
 
 
+def locks(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
+    """Has a lock among processes until the end, as progress bars have one."""
+    global _lock
+    _lock = multiprocessing.get_context("spawn").Lock()
+    return [{}]
+
+
+def test_processes_clean_up_behind_their_last_cell(tmp_path: Path) -> None:
+    code = "import sys; from test_grid import grid, locks, tiny; grid.run([tiny('a', measure=locks)], sys.argv[1], 2)"
+    path = os.pathsep.join(path for path in sys.path if path)
+    command, env = [sys.executable, "-c", code, tmp_path / "out"], {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""
+
+
 def stubborn(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
     """Goes on for ever, and notes that it was asked to stop."""
     write(folder / "pid", str(os.getpid()))

@@ -69,8 +69,10 @@ class Pool(Engine):
         wait(self.running)
 
     def close(self) -> None:
-        for process in (*self.idle, *(process for _, process in self.running.values())):
+        for process in self.idle:
             process.close()
+        for future, (_, process) in self.running.items():
+            process.close() if future.done() else process.cut_off()
 
 
 class _Process:
@@ -86,7 +88,13 @@ class _Process:
             self.says.send_bytes(b"stop")
 
     def close(self) -> None:
-        """End it, also in the middle of a cell."""
+        """End it, after its last cell: what it has imported may have to clean up."""
+        self.pool.shutdown()
+        self.says.close()
+        self.hears.close()
+
+    def cut_off(self) -> None:
+        """End it in the middle of a cell."""
         self.says.close()
         self.pool.shutdown(cancel_futures=True)
         self.hears.close()
