@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from command import refused
 from moving_cases import Digits, digits
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -534,3 +535,19 @@ def test_what_is_no_optimizer_is_named() -> None:
         ):
             session.start(thing, total_steps=1)
         session.finish()
+
+
+@pytest.mark.parametrize("mask", ["random", "rigl", "dnw"])
+def test_a_step_within_the_backward_pass_is_refused(mask: str) -> None:
+    net = Digits()
+    session, each = Session(net, {"mask": MASKS[mask]}), {param: sgd([param]) for param in net.parameters()}
+    for param in each:
+        param.register_post_accumulate_grad_hook(lambda param: each[param].step())
+    said = refused(lambda: drive_once(session, list(each.values())))
+    assert "expected SGD.step() behind the backward pass, got one from within it" in said and not session.clock.step
+
+
+def drive_once(session: Session, optimizers: list[Any]) -> None:
+    images, labels = digits(1)[0]
+    with session.drive(optimizers, [(images, labels)], total_steps=STEPS):
+        F.cross_entropy(session.model(images), labels).backward()

@@ -8,7 +8,10 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
+
+from tost_plugins.errors import TostError
 
 _STEP = Optimizer.profile_hook_step(lambda optimizer: None).__code__  # what torch puts around every step
 _STATE = "torch.distributed.checkpoint.state_dict"  # steps with zero gradients, to have the optimizer make its state
@@ -91,6 +94,11 @@ class Steps:
         return args[:1], {**kwargs, "closure": gradients}
 
     def _ready(self, optimizer: Any, check_finite: bool) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            raise TostError(
+                f"step: expected {type(optimizer).__name__}.step() behind the backward pass, got one from within it, by a hook "
+                f"of a gradient, where others are not there yet; step after backward()"
+            )
         if id(optimizer) in self.done and not self.depth:  # another one sits this step out
             self.done.clear()
             self.after()
