@@ -59,4 +59,5 @@ def connects(mask: Mapping[str, Tensor], paths: Paths | None) -> Connectivity | 
 def tell_empty(names: list[str]) -> None:
     """The line that layers have no weights and are not missed; nothing without such layers."""
     if names:
-        say(f"mask: {len(names)} layers keep no weight, others beside them connect: {some(names, 20)}", logging.INFO)
+        text = f"mask: {len(names)} layers keep no weight, others beside them connect: {some(names, 20)}"
+        say(f"{text}; `ignore` leaves layers dense, adapters say", logging.INFO)
