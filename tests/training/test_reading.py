@@ -187,6 +187,15 @@ def test_batches_are_kept_and_read_on() -> None:
     assert all(torch.equal(a[0], b[0]) for a, b in zip(streamed, twice, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["snip", "grasp", "synflow"])
+def test_batches_without_samples_are_passed_over(kind: str) -> None:
+    net, x, y = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 3)), torch.rand(12, 4), torch.arange(12) % 3
+    found = masks.find(net, kind, 0.3, [(x[:0], y[:0]), (x, y), (x[:0], y[:0])])
+    assert found == masks.find(net, kind, 0.3, [(x, y)])
+    with pytest.raises(TostError, match="expected at least one batch, got an empty loader"):
+        masks.find(net, kind, 0.3, [(x[:0], y[:0])])
+
+
 def test_what_is_no_loader_is_an_error() -> None:
     for given, got in ((5, "got int"), (iter([1]), "got a one-shot list_iterator"), ([], "got an empty loader")):
         with pytest.raises(TostError, match=got):
