@@ -161,11 +161,11 @@ def test_a_mask_is_given_to_a_network_with_weights_that_are_computed(
 ) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), layer(), nn.Flatten(), nn.Linear(64, 3))
-    mask = masks.find(net, "random", 0.5, seed=1, budget="live")
+    batch = torch.randn(4, 2, 4, 4), torch.tensor([0, 1, 2, 0])
+    mask = masks.find(net, "random", 0.5, [batch], budget="live")
     session = Session(
         net, {"mask": {"kind": "random", "sparsity": 0.9}, "tweaks": [], "compact": compact}, mask
     ).attach()
-    batch = torch.randn(4, 2, 4, 4), torch.tensor([0, 1, 2, 0])
     session.start(torch.optim.SGD(net.parameters(), lr=0.1), [batch], total_steps=1)
     assert session.mask == mask and list(mask) == ["0.weight", "4.weight"]
     assert not net[0].weight[~mask["0.weight"]].any()
