@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -90,16 +91,25 @@ def unknown(where: str, what: str, value: object, known: Iterable[str]) -> TostE
         >>> str(unknown("mask.kind", "mask method", "synflo", ["snip", "synflow"]))
         "mask.kind: expected a known mask method, got 'synflo'; did you mean 'synflow'? known: snip, synflow"
     """
+    return TostError(f"{where}: expected a known {what}, got {shown(value)}; {_alternatives(value, known)}")
+
+
+def _alternatives(value: object, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(str(value)[:100], names, n=1)
-    hint = f"did you mean {near[0]!r}? known: " if near else "known: "
-    return TostError(f"{where}: expected a known {what}, got {shown(value)}; {hint}{', '.join(names)}")
+    return f"{f'did you mean {near[0]!r}? ' if near else ''}known: {', '.join(names)}"
 
 
-def from_pydantic(where: str, error: ValidationError, kinds: Container[object] = ()) -> TostError:
+def from_pydantic(
+    where: str,
+    error: ValidationError,
+    kinds: Container[object] = (),
+    keys: Mapping[str, Iterable[str]] = MappingProxyType({}),
+) -> TostError:
     """A pydantic error as one line: the first problem in full, and how many more there are.
 
-    `kinds` are the names that pydantic puts into a path for the member of a union it took; a user never wrote them.
+    `kinds` are the names that pydantic puts into a path for the member of a union it took; a user never wrote them. `keys` are
+    the known keys: below a key, or in a kind; "" is the top.
     """
     problems = error.errors(include_url=False)
     first = next(
@@ -114,7 +124,9 @@ def from_pydantic(where: str, error: ValidationError, kinds: Container[object] =
     elif first["type"] == "unexpected_positional_argument":
         text = f"expected fields by name alone, got {shown(first.get('input'))} by place; write FIELD=VALUE"
     elif first["type"].startswith(_NOT_THERE):
-        text = f"{path}: expected no such key, got {path.rsplit('.')[-1]!r}; remove it or correct its spelling"
+        known = keys.get(next((part for part in reversed(parts[:-1]) if part in keys), ""), ())
+        hint = _alternatives(parts[-1], known) if known else "remove it or correct its spelling"
+        text = f"{path}: expected no such key, got {parts[-1]!r}; {hint}"
     elif first["type"] in ("missing", "missing_argument"):
         text = f"{path}: expected a value, got none; add the key {path.rsplit('.')[-1]!r}"
     else:

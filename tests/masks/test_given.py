@@ -1,12 +1,14 @@
 """A mask that somebody gives: what it says of tensors that have no mask is named in one line."""
 
 import logging
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 from tost_plugins import Mask, Session, TostError, masks
 
@@ -134,3 +136,47 @@ def test_names_that_could_be_taken_in_two_ways_are_refused(tmp_path: Path) -> No
     with pytest.raises(TostError, match=r"expected a layer d\.body\.weight, got none"):
         torch.save(dict(bare()), tmp_path / "mask.pt")
         masks.find(Outer("g", "d"), "file", path=str(tmp_path / "mask.pt"))
+
+
+def _old(norm: Callable[..., nn.Module], layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that there are newer ones
+        return norm(layer)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1)),
+        lambda: parametrizations.spectral_norm(nn.Conv2d(4, 4, 3, padding=1)),
+        lambda: _old(nn.utils.weight_norm, nn.Conv2d(4, 4, 3, padding=1)),
+        lambda: _old(nn.utils.spectral_norm, nn.Conv2d(4, 4, 3, padding=1)),
+        nn.Identity,
+    ],
+    ids=["weight norm", "spectral norm", "older weight norm", "older spectral norm", "none"],
+)
+@pytest.mark.parametrize("compact", [True, False], ids=["compact", "whole"])
+def test_a_mask_is_given_to_a_network_with_weights_that_are_computed(
+    layer: Callable[[], nn.Module], compact: bool
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), layer(), nn.Flatten(), nn.Linear(64, 3))
+    batch = torch.randn(4, 2, 4, 4), torch.tensor([0, 1, 2, 0])
+    mask = masks.find(net, "random", 0.5, [batch], budget="live")
+    session = Session(
+        net, {"mask": {"kind": "random", "sparsity": 0.9}, "tweaks": [], "compact": compact}, mask
+    ).attach()
+    session.start(torch.optim.SGD(net.parameters(), lr=0.1), [batch], total_steps=1)
+    assert session.mask == mask and list(mask) == ["0.weight", "4.weight"]
+    assert not net[0].weight[~mask["0.weight"]].any()
+
+
+def test_an_empty_weight_in_a_mask_is_passed_over() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that there is nothing to initialise
+        net = nn.ModuleDict({"none": nn.Linear(0, 2), "fc": nn.Linear(2, 2)})
+    given = Mask({"none.weight": torch.ones(2, 0), "fc.weight": torch.tensor([[1, 0], [1, 1]])})
+    session = Session(net, {"mask": {"kind": "random", "sparsity": 0.5}, "tweaks": []}, given).attach()
+    session.start(torch.optim.SGD(net.parameters(), lr=0.1), total_steps=1)
+    assert list(session.mask) == ["fc.weight"] and session.mask.kept == 3
+    assert "masks of weights without numbers (none)" in session.report().left_out

@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -257,3 +259,29 @@ def test_dense_and_from_zeros() -> None:
     weights = {"a": torch.tensor([0.0, -0.0, 1e-45, float("nan")], requires_grad=True)}
     assert Mask.dense(weights).sparsity == 0
     assert Mask.from_zeros(weights)["a"].tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda mask, net: mask.apply_(net), "mask: expected names and their tensors, got Linear("),
+        (lambda mask, net: Mask.dense(net), "mask: expected names and their tensors, got Linear("),
+        (lambda mask, net: Mask.from_zeros(net.weight), "mask: expected names and their tensors, got Parameter"),
+        (lambda mask, net: Mask({3: torch.ones(2)}), "mask: expected names and their tensors, got the keys 3; "),
+        (lambda mask, net: mask - 3, "mask: expected names and their tensors, got 3; "),
+        (lambda mask, net: mask.overlap(None), "mask: expected names and their tensors, got None; "),
+        (lambda mask, net: mask.save(3), "mask file: expected a path, got 3; "),
+        (lambda mask, net: Mask.load(None), "mask file: expected a path, got None; "),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_mask_and_no_weights_is_said_in_one_line(call: Callable[[Mask, nn.Module], Any], said: str) -> None:
+    net = nn.Linear(2, 2)
+    with pytest.raises(TostError) as caught:
+        call(Mask({"weight": torch.eye(2)}), net)
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+
+
+def test_a_folder_is_no_file_to_write_a_mask_to(tmp_path: Path) -> None:
+    with pytest.raises(TostError, match="expected a file to write, got a folder; give it a name"):
+        Mask({"weight": torch.eye(2)}).save(tmp_path)

@@ -223,31 +223,30 @@ def test_wrong_overrides() -> None:
 
 
 @pytest.mark.parametrize(
-    "path",
-    [("sed",), ("mask", "sparsty"), ("data", "batchsize"), ("optimizer", "lrr"), ("schedule", "gamma"), ("tweaks", 0, "untill"),
-     ("tweaks", 1, "smoothing")],
+    ("path", "near"),
+    [(("sed",), "seed"), (("mask", "sparsty"), "sparsity"), (("data", "batchsize"), "batch_size"), (("optimizer", "lrr"), "lr"),
+     (("schedule", "gamma"), None), (("tweaks", 0, "untill"), "until"), (("tweaks", 1, "smoothing"), None),
+     (("watch", "evry"), "every")],
     ids=str,
 )  # fmt: skip
-def test_an_unknown_key_is_an_error_at_every_level(path: tuple[Any, ...]) -> None:
+def test_an_unknown_key_is_an_error_at_every_level(path: tuple[Any, ...], near: str | None) -> None:
     content: Any = {**copy.deepcopy(PLAIN), "name": "mine", "tweaks": [{"kind": "ghost_skip"}, {"kind": "label_smoothing"}],
-                    "data": {}, "optimizer": {}, "schedule": {}}  # fmt: skip
+                    "data": {}, "optimizer": {}, "schedule": {}, "watch": {"measures": ["in_degree"]}}  # fmt: skip
     Recipe.from_dict(content)
     place = content
     for part in path[:-1]:
         place = place[part]
     place[path[-1]] = 1
     where = ".".join(map(str, path))
-    assert error_of(content) == (
-        f"recipe mine: {where}: expected no such key, got {path[-1]!r}; remove it or correct its spelling"
-    )
+    hint = f"did you mean {near!r}? known: " if near else "known: "
+    assert error_of(content).startswith(f"recipe mine: {where}: expected no such key, got {path[-1]!r}; {hint}")
 
 
 @pytest.mark.parametrize("kind", MASKS)
 def test_an_unknown_key_of_every_mask(kind: str) -> None:
     text = error_of({"mask": {"kind": kind, **required(MASKS[kind]), "percent": 90}})
-    assert (
-        text == "recipe unnamed: mask.percent: expected no such key, got 'percent'; remove it or correct its spelling"
-    )
+    known = ", ".join(sorted(MASKS[kind].__dataclass_fields__))
+    assert text == f"recipe unnamed: mask.percent: expected no such key, got 'percent'; known: {known}"
 
 
 @pytest.mark.parametrize("kind", TWEAKS)
@@ -255,7 +254,8 @@ def test_an_unknown_key_of_every_tweak(kind: str) -> None:
     text = error_of(
         {**PLAIN, "tweaks": ["ghost_skip" if kind != "ghost_skip" else "label_smoothing", {"kind": kind, "x": 1}]}
     )
-    assert text == "recipe unnamed: tweaks.1.x: expected no such key, got 'x'; remove it or correct its spelling"
+    known = ", ".join(sorted(TWEAKS[kind].__dataclass_fields__))
+    assert text == f"recipe unnamed: tweaks.1.x: expected no such key, got 'x'; known: {known}"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,31 @@ def test_a_given_mask_is_a_mask(tmp_path: Path) -> None:
             Session(Digits(), {"mask": RANDOM, "tweaks": []}, mask=thing)  # type: ignore[arg-type]
 
 
-def test_a_copy_of_a_session_leads_nothing_and_says_so() -> None:
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_a_copy_or_a_pickle_of_a_session_leads_nothing_and_says_so(copied: Callable[[Session], Session]) -> None:
     net = Digits()
-    session = copy.deepcopy(Session(net, {"mask": RANDOM, "tweaks": []}).attach())
-    with pytest.raises(TostError, match=r"start: expected a session that was made for this model, got a copy of one"):
-        session.start(torch.optim.SGD(session.model.parameters(), lr=0.1), total_steps=1)
+    session = Session(net, {"mask": RANDOM, "tweaks": ["ghost_skip", "soft_activation", "label_smoothing"]})
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def refused() -> None:
+        twin = copied(session)
+        said = "expected a session that was made for this model, got a copy of one"
+        for call in (
+            twin.attach,
+            lambda: twin.start(optimizer, total_steps=1),
+            twin.finish,
+            lambda: twin.criterion(len),
+        ):
+            with pytest.raises(TostError, match=said):
+                call()
+
+    refused()
+    session.attach()
+    refused()
+    session.start(optimizer, total_steps=9)
+    refused()
+    session.finish()
+    refused()
 
 
 # ---- layers that are replaced in mid-run

@@ -356,3 +356,35 @@ def test_cross_entropy_that_a_session_was_given_is_the_loss_that_is_looked_at(ca
     found, said = looked(caplog, weighted)
     assert not said and found == looked(caplog, loss_fn=weighted)[0] != looked(caplog)[0]
     assert looked(caplog, F.cross_entropy) == (looked(caplog)[0], "")
+
+
+class Tokens(nn.Module):
+    """Scores of 5 words for each token; what a loss of rows or of columns makes of them is for it to say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.body = nn.Embedding(5, 8), nn.Linear(8, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.body(self.table(tokens))
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["a loss of the session's", "none"])
+def test_scores_of_as_many_tokens_as_words_may_be_read_in_two_ways(given: bool) -> None:
+    tokens = torch.randint(5, (4, 5), generator=torch.Generator().manual_seed(0))
+
+    def run(**more: Any) -> Mask:
+        net = Tokens()
+        session = Session(net, {"mask": {"kind": "snip", "sparsity": 0.5}, "tweaks": []})
+        if given:
+            session.criterion(
+                nn.CrossEntropyLoss()
+            )  # the loop may call it with (tokens, words), or with (words, tokens)
+        session.attach().start(torch.optim.SGD(net.parameters(), lr=0.1), [(tokens, tokens)], total_steps=1, **more)
+        return session.mask
+
+    with pytest.raises(TostError, match=r"classes along one axis, .* shape \(4, 5\) for .* \(4, 5, 5\); .*criterion="):
+        run()
+    of_rows = run(criterion=lambda outputs, batch: F.cross_entropy(outputs.flatten(0, 1), batch[1].flatten()))
+    assert of_rows != run(loss_fn=F.cross_entropy)  # which takes the second axis

@@ -3,6 +3,7 @@ and without the looks of a start before it."""
 
 import copy
 import random
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -186,6 +187,15 @@ def test_batches_are_kept_and_read_on() -> None:
     assert all(torch.equal(a[0], b[0]) for a, b in zip(streamed, twice, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["snip", "grasp", "synflow"])
+def test_batches_without_samples_are_passed_over(kind: str) -> None:
+    net, x, y = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 3)), torch.rand(12, 4), torch.arange(12) % 3
+    found = masks.find(net, kind, 0.3, [(x[:0], y[:0]), (x, y), (x[:0], y[:0])])
+    assert found == masks.find(net, kind, 0.3, [(x, y)])
+    with pytest.raises(TostError, match="expected at least one batch, got an empty loader"):
+        masks.find(net, kind, 0.3, [(x[:0], y[:0])])
+
+
 def test_what_is_no_loader_is_an_error() -> None:
     for given, got in ((5, "got int"), (iter([1]), "got a one-shot list_iterator"), ([], "got an empty loader")):
         with pytest.raises(TostError, match=got):
@@ -233,26 +243,40 @@ def test_loaders_of_accelerate_return_too() -> None:
 
 
 class Keeps(nn.Module):
-    """Keeps a mean of what it has seen in a tensor that is no buffer."""
+    """Keeps a mean of what it has seen in a tensor that is no buffer, and what it has done in lists, dicts and sets."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.body, self.head, self.mean = nn.Linear(4, 6), nn.Linear(6, 3), torch.zeros(6)
+        self.sizes, self.recent, self.seen = [], deque(maxlen=2), Counter()
+        self.losses, self.means = {"sums": [], "first": None}, ([torch.zeros(6)],)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.body(x))
         self.mean.mul_(0.9).add_(x.detach().mean(0))
+        self.means[0][0].add_(x.detach().mean(0))
+        self.sizes.append(len(x))
+        self.recent.append(len(self.sizes))
+        self.seen[len(x)] += 1
+        self.losses["sums"].append(float(x.sum()))
+        self.losses["first"] = self.losses["first"] or float(x.sum())
         return self.head(x)
 
+    def kept(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name in ("sizes", "recent", "seen", "losses")}
 
-@pytest.mark.parametrize("kind", ["snip", "grasp"])
+
+@pytest.mark.parametrize("kind", ["snip", "grasp", "synflow"])
 def test_what_a_network_keeps_is_what_it_was(kind: str) -> None:
     net, x, y = Keeps(), torch.rand(12, 4), torch.arange(12) % 3
     net(x[:5])
-    held, mean = net.mean, net.mean.clone()
+    held, mean, lists = net.mean, net.mean.clone(), net.kept()
+    before, average = copy.deepcopy(lists), net.means[0][0].clone()
     masks.find(net, kind, 0.3, [(x, y)], on_collapse="keep_one")
     assert net.mean is held and torch.equal(held, mean) and bool(mean.any())
+    assert net.kept() == before and all(net.kept()[name] is value for name, value in lists.items())
+    assert net.sizes == [5] and torch.equal(net.means[0][0], average)
 
 
 @pytest.mark.parametrize("kind", ["snip", "grasp"])

@@ -45,13 +45,15 @@ _TORCHS = (".pt", ".pth", ".bin")
 
 
 def check_end(path: Path, own: str, tell: bool = True) -> None:
-    """Raise TostError where a name ends as files of another kind do than that of `own`, which is to be written; one line, unless
-    `tell` is False, where safetensors get a name of torch.save's, as masks were often called.
+    """Raise TostError where a name is a folder's, or ends as files of another kind do than that of `own`, which is to be written;
+    one line, unless `tell` is False, where safetensors get a name of torch.save's, as masks were often called.
 
     Example:
         >>> check_end(Path("mask.safetensors"), ".safetensors"), check_end(Path("mask"), ".safetensors")
         (None, None)
     """
+    if path.is_dir():
+        raise TostError(f"{path}: expected a file to write, got a folder; give it a name, such as {path / f'new{own}'}")
     if own == ".safetensors" and path.suffix in _TORCHS:
         if tell:
             say(f"{path}: is written as {own}, whatever its name: Mask.load and tost read it, torch.load does not")

@@ -65,7 +65,7 @@ def find(
         task = Task(unwrap(model), prunable(unwrap(model), method.ignore), batches, loss_fn, forward, criterion)
         return run(method, task, seed)
     except ValidationError as error:
-        raise from_pydantic(where, error) from None
+        raise from_pydantic(where, error, keys={"": MASKS[str(kind)].__dataclass_fields__}) from None
     except TostError as error:
         raise error.at(where) from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tost_plugins.errors import TostError
+from tost_plugins.errors import TostError, shown
 from tost_plugins.files import packed
 from tost_plugins.files.atomic import check_end, replacing
 from tost_plugins.files.containers import read
@@ -47,16 +48,19 @@ class Mask(Mapping[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         if not tensors:
             raise TostError("mask: expected at least one layer, got none; check the source of the mask")
+        _check_named(tensors)
         self._tensors = {name: _as_bool(name, tensor) for name, tensor in by_clean_name(tensors).items()}
 
     @classmethod
     def dense(cls, params: Mapping[str, Tensor]) -> Mask:
         """All True, in the shapes of `params`."""
+        _check_named(params)
         return cls({name: torch.ones(param.shape, dtype=torch.bool) for name, param in params.items()})
 
     @classmethod
     def from_zeros(cls, params: Mapping[str, Tensor]) -> Mask:
         """False where a weight is exactly 0, True elsewhere."""
+        _check_named(params)
         return cls({name: param.detach() != 0 for name, param in params.items()})
 
     @classmethod
@@ -67,6 +71,7 @@ class Mask(Mapping[str, Tensor]):
         Of a folder that transformers has written names are the network's own, also where those in the file are others.
         Raises TostError when there is nothing, when it is torn or a part of something, more than plain tensors, or no mask.
         """
+        _check_path(path)
         found = read(path, first=("mask.safetensors",))
         if found is None:
             raise TostError(
@@ -87,6 +92,7 @@ class Mask(Mapping[str, Tensor]):
         """Write one safetensors file of packed bits (1 bit a weight), to a temporary name first, then renamed; and its card
         beside it (PATH.card.json, PATH.card.md), unless `card` is False. Raises TostError for a name that ends as other
         kinds of files do."""
+        _check_path(path)
         path = Path(path)
         check_end(path, ".safetensors")
         bits = {name: torch.from_numpy(np.packbits(mask.numpy().reshape(-1))) for name, mask in self.items()}
@@ -168,6 +174,7 @@ class Mask(Mapping[str, Tensor]):
     @torch.no_grad()
     def apply_(self, tensors: Mapping[str, Tensor]) -> None:
         """Set to exactly 0, in place, what the mask removes from the tensors of the same names."""
+        _check_named(tensors)
         for name, mask in self.items():
             if name not in tensors or tensors[name].shape != mask.shape:
                 raise TostError(
@@ -202,6 +209,7 @@ class Mask(Mapping[str, Tensor]):
         return f"Mask({len(self)} layers, {self.kept:,} of {self.size:,} weights kept, sparsity {self.sparsity:.4f})"
 
     def _same_layers(self, other: Mask) -> None:
+        _check_named(other)
         if {n: m.shape for n, m in self.items()} != {n: m.shape for n, m in other.items()}:
             raise TostError("mask: expected two masks of the same layers, got different ones; compare like with like")
 
@@ -209,6 +217,19 @@ class Mask(Mapping[str, Tensor]):
 def density(mask: Tensor) -> float:
     """Share of kept weights, 0 to 1; a layer without any weights is dense."""
     return int(mask.sum()) / mask.numel() if mask.numel() else 1.0
+
+
+def _check_named(tensors: Any) -> None:
+    if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+        got = f"the keys {some([repr(name) for name in tensors])}" if isinstance(tensors, Mapping) else shown(tensors)
+        raise TostError(
+            f"mask: expected names and their tensors, got {got}; pass dict(model.named_parameters()), or a mask"
+        )
+
+
+def _check_path(path: Any) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TostError(f"mask file: expected a path, got {shown(path)}; write 'mask.safetensors', say")
 
 
 def _as_bool(name: str, tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import importlib.resources
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -24,7 +24,7 @@ from tost_plugins.masks.base import Moving
 from tost_plugins.recipe import plain_yaml
 from tost_plugins.session.norms_alone import Train
 from tost_plugins.session.session import Session
-from tost_plugins.session.watch.watch import WatchField
+from tost_plugins.session.watch.watch import Watch, WatchField
 from tost_plugins.training.clock import Time, TimeField
 from tost_plugins.tweaks import TWEAKS
 
@@ -93,6 +93,17 @@ class ScheduleSpec(_Strict):
     warmup: TimeField = Time(0, "ba")
 
 
+#: What is known below a key of a recipe, and in a kind of mask or tweak.
+_SPECS: dict[str, type[BaseModel]] = {
+    "data": DataSpec,
+    "optimizer": OptimizerSpec,
+    "schedule": ScheduleSpec,
+    "watch": Watch,
+}
+_KEYS: dict[str, Iterable[str]] = {key: spec.model_fields for key, spec in _SPECS.items()}
+_KEYS |= {kind: settings.__dataclass_fields__ for kind, settings in (MASKS | TWEAKS).items()}
+
+
 class Recipe(_Strict):
     """A sparse run: a mask, tweaks and a seed; for `tost train` also model, data, optimizer, schedule and duration.
 
@@ -129,7 +140,7 @@ class Recipe(_Strict):
         try:
             recipe = cls.model_validate(dict(content))
         except ValidationError as error:
-            raise from_pydantic(where, error, {*MASKS, *TWEAKS}) from None
+            raise from_pydantic(where, error, {*MASKS, *TWEAKS}, _KEYS | {"": cls.model_fields}) from None
         kinds = [tweak.kind for tweak in recipe.tweaks]
         twice = sorted(kind for kind, count in Counter(kinds).items() if count > 1)
         if twice:
@@ -207,6 +218,8 @@ def shipped() -> dict[str, Path]:
 def read(name_or_path: str | Path) -> dict[str, Any]:
     """The unchecked content of a shipped recipe or a YAML file, by whose name it is called where it has none of its own; raises
     TostError if it is not readable YAML."""
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TostError(f"recipe: expected a path or a shipped name, got {shown(name_or_path)}; see tost recipes list")
     path = Path(name_or_path)
     if not os.path.isfile(path):
         files = shipped()

@@ -230,6 +230,7 @@ class Session(Loops, Told):
     def criterion(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
         """The training loss: `loss_fn`, any callable that returns a loss, as a module that smooths labels while the model trains;
         itself if the recipe smooths none. Raises TostError for one that smooths already, unless that is optional."""
+        self._expect_own("criterion")
         return self.smoothing.criterion(loss_fn)
 
     def plain(self, average: nn.Module | Mapping[str, Tensor]) -> nn.Module:
@@ -248,14 +249,27 @@ class Session(Loops, Told):
         if self.state == "running":
             self.run.notice_loading()
 
-    def _expect(self, call_name: str) -> None:
+    def __reduce__(self) -> tuple:
+        return _copied, (type(self), self.model, self.recipe, self.given_mask)
+
+    def _expect_own(self, call_name: str) -> None:
         if self.smoothing.session is not self:
             raise TostError(
                 f"{call_name}: expected a session that was made for this model, got a copy of one, which follows nothing; "
                 f"a copy of the model is trained with a session of its own: Session(copy, recipe)"
             )
+
+    def _expect(self, call_name: str) -> None:
+        self._expect_own(call_name)
         if self.state not in _MAY[call_name]:
             raise TostError(
                 f"{call_name}: expected a session that is {' or '.join(_MAY[call_name])}, got one that is {self.state}; "
                 f"the order is attach, start, before_step / after_step, finish"
             )
+
+
+def _copied(kind: type[Session], model: nn.Module, recipe: Any, mask: Mask | None) -> Session:
+    """What a copy or a pickle of a session is: none that leads anything."""
+    session = kind(model, recipe, mask)
+    session.smoothing = Smoothing()
+    return session

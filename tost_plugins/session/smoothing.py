@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tost_plugins.errors import Inapplicable, TostError
-from tost_plugins.training.calling import check_callable
+from tost_plugins.training.calling import check_callable, cross_entropy
 from tost_plugins.training.log import say
 from tost_plugins.tweaks.label_smoothing import LabelSmoothing, Twins, check_hard
 
@@ -57,7 +58,8 @@ class Smoothing:
         with its settings. Another loss may be called in any way."""
         loss_fn = self._losses[0] if len(self._losses) == 1 else None
         fits = isinstance(loss_fn, nn.CrossEntropyLoss) and loss_fn.reduction != "none"
-        return loss_fn if fits or loss_fn is nn.functional.cross_entropy else None
+        fits = fits or loss_fn is nn.functional.cross_entropy
+        return partial(cross_entropy, function=loss_fn) if loss_fn is not None and fits else None
 
     def around(self, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`compute(*args, **kwargs)`, which returns the loss, alone or in a tuple, list or dict: smoothed while the model trains;

@@ -30,7 +30,7 @@ def worded(settings: C) -> C:
         try:
             init(self, *args, **kwargs)
         except ValidationError as error:
-            raise from_pydantic(type(self).__name__, error) from None
+            raise from_pydantic(type(self).__name__, error, keys={"": settings.__dataclass_fields__}) from None
 
     settings.__init__ = __init__  # type: ignore[misc]
     return settings

@@ -129,7 +129,7 @@ def loss_of(outputs: Any, batch: Any, model: Any, loss_fn: Callable[..., Tensor]
     own = own_loss(outputs) if loss_fn is None else None
     if own is not None:
         return own
-    function, labels = loss_fn or _cross_entropy, labels_of(batch, model)
+    function, labels = loss_fn or cross_entropy, labels_of(batch, model)
     try:
         return function(outputs, labels)
     except Exception as error:  # a user's function may raise anything, and one of class scores does
@@ -138,7 +138,8 @@ def loss_of(outputs: Any, batch: Any, model: Any, loss_fn: Callable[..., Tensor]
         try:
             return function(main_of(outputs), labels)
         except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError):
-            name = getattr(function, "__name__", type(function).__name__).lstrip("_")
+            named = getattr(function, "func", function)
+            name = getattr(named, "__name__", type(named).__name__)
             raise TostError(
                 f"loss: expected outputs and labels that {name} takes, got {_shown(outputs)} and {_shown(labels)} "
                 f"({type(error).__name__}: {error}); pass loss_fn=, or {CRITERION}"
@@ -157,23 +158,25 @@ def own_loss(outputs: Any) -> Tensor | None:
     return sum(numbers[1:], numbers[0]) if numbers else None
 
 
-def _cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
+def cross_entropy(outputs: Any, labels: Tensor, function: Callable[..., Tensor] = F.cross_entropy) -> Tensor:
+    """Of the main output, and half of that of `aux`; raises TostError where the labels are no classes, or of no one axis."""
     scores, aux = main_of(outputs), _entry(outputs, "aux")
     if not _of_classes(scores, labels):
         raise TostError(
-            f"loss: expected labels that are classes, for cross entropy, got {_shown(labels)} for {_shown(scores)}; "
-            f"pass loss_fn=, or {CRITERION}"
+            f"loss: expected labels that are classes along one axis, for cross entropy, got {_shown(labels)} for "
+            f"{_shown(scores)}; pass loss_fn=, or {CRITERION}"
         )
-    loss = F.cross_entropy(scores, labels)
-    return loss if aux is None else loss + 0.5 * F.cross_entropy(aux, labels)
+    loss = function(scores, labels)
+    return loss if aux is None else loss + 0.5 * function(aux, labels)
 
 
 def _of_classes(scores: Tensor, labels: Any) -> bool:
-    """Whether there are several classes, and the labels are classes or their probabilities, which add up to 1."""
+    """Whether there are several classes, along an axis that can be told (as many tokens as words: the second, or the last?),
+    and the labels are classes or their probabilities, which add up to 1."""
     if not isinstance(labels, Tensor) or (scores.ndim > 1 and scores.shape[1] == 1):
         return False
     if not labels.is_floating_point():
-        return True
+        return scores.ndim < 3 or len({*scores.shape[1:]}) > 1
     return labels.ndim > 1 and bool((labels >= 0).all()) and bool(((labels.sum(1) - 1).abs() < 1e-3).all())
 
 

@@ -238,6 +238,8 @@ def _why_not(name: str, module: nn.Module, all_frozen: bool) -> str | None:
         )
     if not (weight.requires_grad or all_frozen):
         return _FROZEN
+    if not weight.numel():
+        return "weights without numbers"
     lost = not isinstance(module, nn.RNNBase) and transforms(module)
     return f"{type(module).__name__}, which transforms its weight" if lost else None
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tost_plugins.errors import TostError
 from tost_plugins.training import rng
-from tost_plugins.training.batches import length, to_device
+from tost_plugins.training.batches import length, size_of, to_device
 
 _END = object()
 _DEEPEST, _LONGEST = (
@@ -26,7 +26,7 @@ _DEEPEST, _LONGEST = (
 
 
 class Batches:
-    """What looks see of a loader: its batches on one device, from the first on, as often as they like.
+    """What looks see of a loader: its batches on one device, from the first with samples on, as often as they like.
 
     Within `with batches:`, which may be nested, the first batches, which `take` has given, are kept for the next look, and
     the others read as they are asked for. On leaving, the loader, its samplers and all random generators are as they
@@ -86,7 +86,7 @@ class Batches:
             self._iterator, self._streamed = None, False
 
     def _read(self, number: int) -> Any:
-        """Batch `number`, or the end: with the random numbers of reading."""
+        """Batch `number` of those with samples in them, or the end: with the random numbers of reading."""
         with rng.aside(self.device):
             if self._iterator is None:
                 self._iterator, self._given = self._opened(), 0
@@ -94,7 +94,8 @@ class Batches:
                 rng.put_back(self._random, self.device)
             batch = None
             while self._given <= number and batch is not _END:
-                batch, self._given = next(self._iterator, _END), self._given + 1
+                batch = next(self._iterator, _END)
+                self._given += batch is _END or size_of(batch) > 0
             self._random = rng.everywhere(self.device)
         return batch
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -171,15 +173,22 @@ class _Run(nn.Module):
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, batches: Any = None, *, train: bool) -> Iterator[None]:
-    """Look at a model in train or eval mode and leave no trace: modes, attributes that a forward pass sets or changes, random
-    generators and the loader (the task's batches) return, and gradient checkpointing runs nothing a second time.
+    """Look at a model in train or eval mode and leave no trace: modes, attributes that a forward pass sets, changes or fills,
+    random generators and the loader (the task's batches) return, and gradient checkpointing runs nothing a second time.
 
     Weights, gradients and buffers are safe because `Task` works on copies.
     """
     modes = [(module, module.training) for module in model.modules()]
     own = [undo for module in model.modules() for undo in generators(module)]
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    own += [undo for _, held in attributes for value in held.values() for undo in _undo(value)]
+    seen: set[int] = set()
+    own += [
+        undo
+        for _, held in attributes
+        for name, value in held.items()
+        if name not in _OWN
+        for undo in _undo(value, seen)
+    ]
     with contextlib.ExitStack() as stack:
         stack.enter_context(reading(batches, device_of(model)))
         stack.enter_context(rng.aside(device_of(model)))
@@ -201,12 +210,30 @@ def untouched(model: nn.Module, batches: Any = None, *, train: bool) -> Iterator
                 now.update(before)
 
 
-def _undo(value: Any) -> list[Callable[[], Any]]:
-    """What gives a tensor that is an attribute, and no buffer, its numbers back, where they were written into."""
-    if not isinstance(value, Tensor) or value.is_inference():
-        return []
-    before, version = value.detach().clone(), value._version
-    return [lambda: None if value._version == version else value.detach().copy_(before)]
+#: What every module has, and a look puts back in other ways.
+_OWN = frozenset(vars(nn.Module()))
+_FILLED = (list, set, deque, dict, OrderedDict, defaultdict, Counter)
+
+
+def _undo(value: Any, seen: set[int]) -> Iterator[Callable[[], Any]]:
+    """What gives an attribute back what it held: a tensor that is no buffer its numbers, where they were written into; a list, a
+    dict or a set its entries, and these what they held."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if type(value) in _FILLED:
+        yield partial(_refill, value, value.copy())
+    if type(value) in (*_FILLED, tuple):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _undo(entry, seen)
+    elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference():
+        before, version = value.detach().clone(), value._version
+        yield lambda: None if value._version == version else value.detach().copy_(before)
+
+
+def _refill(held: Any, before: Any) -> None:
+    held.clear()
+    (held.extend if isinstance(held, (list, deque)) else held.update)(before)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,8 @@ def transforms(module: nn.Module) -> bool:
         (True, False)
     """
     cls: Any = getattr(type(module), "tost_base", type(module))  # what it was before attach
+    if "weight" not in module._parameters:  # it is computed from others: weight norm, a parametrization
+        return True
     weight = module._parameters["weight"]
     if cls.forward in _torch_forwards() or weight is None or weight.numel() < 2:
         return False
