@@ -378,9 +378,7 @@ def test_scores_of_as_many_tokens_as_words_may_be_read_in_two_ways(given: bool) 
         net = Tokens()
         session = Session(net, {"mask": {"kind": "snip", "sparsity": 0.5}, "tweaks": []})
         if given:
-            session.criterion(
-                nn.CrossEntropyLoss()
-            )  # the loop may call it with (tokens, words), or with (words, tokens)
+            session.criterion(nn.CrossEntropyLoss())  # the loop may hand it tokens by words, or words by tokens
         session.attach().start(torch.optim.SGD(net.parameters(), lr=0.1), [(tokens, tokens)], total_steps=1, **more)
         return session.mask
 

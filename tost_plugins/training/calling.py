@@ -176,7 +176,7 @@ def _of_classes(scores: Tensor, labels: Any) -> bool:
     if not isinstance(labels, Tensor) or (scores.ndim > 1 and scores.shape[1] == 1):
         return False
     if not labels.is_floating_point():
-        return scores.ndim < 3 or len({*scores.shape[1:]}) > 1
+        return scores.ndim != 3 or scores.shape[1] != scores.shape[2]
     return labels.ndim > 1 and bool((labels >= 0).all()) and bool(((labels.sum(1) - 1).abs() < 1e-3).all())
 
 
