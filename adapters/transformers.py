@@ -81,7 +81,7 @@ class TostCallback(TrainerCallback, ExportableState):
         """A `compute_loss_func` for the Trainer: `loss_fn(logits, labels)`, a mean over the labels that count (those that are
         not -100), with smoothed labels in training, scaled for gradient accumulation as the Trainer expects. Masks and
         initialisations that look at the loss look at this one."""
-        check_callable(loss_fn=loss_fn)
+        check_callable(optional=False, loss_fn=loss_fn)
         if any(t.kind == "label_smoothing" and not t.optional and not t.least_steps for t in self.recipe.tweaks):
             check_hard("TostCallback.criterion: label_smoothing", loss_fn)
 

@@ -258,7 +258,7 @@ def test_no_forward_is_the_usual_one() -> None:
     assert masks.find(network(plain), "snip", 0.5, batches, **given) == masks.find(network(plain), "snip", 0.5, batches)
 
 
-@pytest.mark.parametrize("loss_fn", ["mse", nn.MSELoss])
+@pytest.mark.parametrize("loss_fn", ["mse", nn.MSELoss, None])
 def test_a_criterion_that_cannot_be_called_is_named(loss_fn: Any) -> None:
     session = Session(network(plain), {"mask": {"kind": "random", "sparsity": 0.5}, "tweaks": []})
     with pytest.raises(TostError, match="loss_fn: expected a function, got "):

@@ -42,7 +42,7 @@ class Smoothing:
     def criterion(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
         """`loss_fn` with smoothed labels in training: a module; or `loss_fn` itself where the recipe does not smooth. Whether one
         that smooths by its own settings is in the way of a tweak that may rest turns out with its first loss."""
-        check_callable(loss_fn=loss_fn)
+        check_callable(optional=False, loss_fn=loss_fn)
         if self.session.state in ("new", "attached"):
             self._losses.append(loss_fn)
         if self.tweak is not None and (self.session.state == "running" or not self.tweak.least_steps):

@@ -22,9 +22,9 @@ _SCORES = "forward=lambda model, batch: model(batch[0])[0], say"
 _HOW = {"forward": FORWARD, "criterion": CRITERION}
 
 
-def check_callable(**given: Any) -> None:
-    """Raise TostError for what is given as a function (None: nothing is) and cannot be called, or is the class of a loss in
-    place of one.
+def check_callable(*, optional: bool = True, **given: Any) -> None:
+    """Raise TostError for what is given as a function (None: nothing is, where that is `optional`) and cannot be called, or is
+    the class of a loss in place of one.
 
     Example:
         >>> try:
@@ -38,7 +38,7 @@ def check_callable(**given: Any) -> None:
             raise TostError(
                 f"{name}: expected a function, got the class {value.__name__}; make one: {value.__name__}()"
             )
-        if value is not None and not callable(value):
+        if not callable(value) and not (optional and value is None):
             remedy = _HOW.get(name, f"pass one, such as {name}=torch.nn.functional.cross_entropy")
             raise TostError(f"{name}: expected a function, got {shown(value)}; {remedy}")
 
