@@ -50,6 +50,17 @@ def size_of(batch: Any) -> int:
     return next((count for count in counts[0] if count in agreed), counts[0][0])
 
 
+def is_empty(batch: Any) -> bool:
+    """Whether nothing that counts samples in a batch holds any.
+
+    Example:
+        >>> is_empty((torch.rand(0, 8), torch.zeros(0))), is_empty((torch.rand(0, 8), torch.zeros(3))), is_empty(("a", 1))
+        (True, False, False)
+    """
+    counts = [found for entry in _entries(batch) if (found := _counts(entry))]
+    return bool(counts) and not any(map(any, counts))
+
+
 def _entries(batch: Any) -> list[Any]:
     if isinstance(batch, (tuple, list)):
         return list(batch)

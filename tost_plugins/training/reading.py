@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tost_plugins.errors import TostError
 from tost_plugins.training import rng
-from tost_plugins.training.batches import length, size_of, to_device
+from tost_plugins.training.batches import is_empty, length, to_device
 
 _END = object()
 _DEEPEST, _LONGEST = (
@@ -95,7 +95,7 @@ class Batches:
             batch = None
             while self._given <= number and batch is not _END:
                 batch = next(self._iterator, _END)
-                self._given += batch is _END or size_of(batch) > 0
+                self._given += batch is _END or not is_empty(batch)
             self._random = rng.everywhere(self.device)
         return batch
 
