@@ -93,6 +93,18 @@ def died(whole: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_compact_run_that_dies_behind_its_last_step_says_what_the_whole_one_says(
+    trainer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = recipe(trainer, mask={"kind": "synflow", "sparsity": 0.95, "rounds": 4}, compact=True)
+    whole = train(spec, tmp_path / "whole")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "tost_plugins"):
+        assert train(spec, died(tmp_path / "whole", tmp_path / "run"), resume=True) == whole
+    assert "compact: 11 modules compute a part of their channels" in caplog.text and whole["left_out"] == []
+
+
 # ---- killed, again and again
 
 

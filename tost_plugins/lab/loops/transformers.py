@@ -36,17 +36,20 @@ class _Columns:
     def __init__(self, loader: Loader, first: int, total: int) -> None:
         self.loader, self.batch_size, self.dataset = loader, loader.batch_size, loader.dataset
         self.epoch, self.start = divmod(first, len(loader))
-        self.done = first >= total  # the Trainer takes a step before it looks whether it was to take any
+        self.over = first >= total  # the Trainer takes a step before it looks whether it was to take any
+        self.begun = False  # before the first epoch it is the session that looks at batches
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        start = len(self) if self.done else self.start if self.loader.epoch == self.epoch else 0
+        start = self.start if self.loader.epoch == self.epoch else 0
+        start = len(self) if self.over and self.begun else start
         for images, labels in self.loader.iterate(start):
             yield {"pixel_values": images, "labels": labels}
 
     def set_epoch(self, epoch: int) -> None:
+        self.begun = True
         self.loader.set_epoch(epoch)
 
 
