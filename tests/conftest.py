@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import contextlib
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,10 @@ with contextlib.suppress(ImportError):
 
     hypothesis.settings.register_profile("tost", derandomize=True, deadline=None)
     hypothesis.settings.load_profile("tost")
+
+# A job in a shell's background has Ctrl-C ignored, and with it all that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 
