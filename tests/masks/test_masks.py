@@ -273,7 +273,7 @@ def test_dense_and_from_zeros() -> None:
         (lambda mask, net: mask.save(3), "mask file: expected a path, got 3; "),
         (lambda mask, net: Mask.load(None), "mask file: expected a path, got None; "),
     ],
-    ids=str,
+    ids=["apply_", "dense", "from_zeros", "keys", "minus", "overlap", "save", "load"],
 )  # fmt: skip
 def test_what_is_no_mask_and_no_weights_is_said_in_one_line(call: Callable[[Mask, nn.Module], Any], said: str) -> None:
     net = nn.Linear(2, 2)
