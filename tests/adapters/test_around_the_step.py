@@ -179,13 +179,17 @@ def test_a_whole_run_compiles_again_at_most_twice(trainer: str, mask: dict[str, 
 # ---- batches that do not fit into memory
 
 
+class Notes(list):
+    """A kind of list of our own: what is put into a plain one while somebody only looks is taken out again."""
+
+
 class TooLarge(Digits):
     """Runs out of memory on more than `most` samples from step `first` on, in the forward or the backward pass."""
 
     def __init__(self, most: int, first: int = 0, where: str = "forward") -> None:
         super().__init__(norm=False)
         self.most, self.first, self.where = most, first, where
-        self.seen: list[int] = []  # a list: an attribute that is set while somebody only looks is put back
+        self.seen = Notes()
         self.step = 0
 
     def forward(self, x: Tensor) -> Tensor:
