@@ -70,8 +70,6 @@ class Pool(Engine):
 
     def close(self) -> None:
         for process in self.idle:
-            process.pool.shutdown(wait=False)  # all at once
-        for process in self.idle:
             process.close()
         for future, (_, process) in self.running.items():
             process.close() if future.done() else process.cut_off()
