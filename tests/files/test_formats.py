@@ -180,6 +180,8 @@ def test_weights_that_are_to_be_quantized_are_weights(tmp_path: Path) -> None:
         "fc.weight_fake_quant.zero_point": torch.zeros(1, dtype=torch.int32),
     }
     assert list(Mask.load(saved({"fc.weight": 2 * torch.eye(2), **observed}, tmp_path))) == ["fc.weight"]
+    query = {"a.W_q": 2 * torch.eye(2), "a.up_blocks": torch.ones(2, 2), "a.up_scales": torch.ones(2)}
+    assert list(Mask.load(saved(query, tmp_path))) == ["a.W_q", "a.up_blocks"]
 
 
 def test_what_peft_adds_is_no_mask_unless_it_shows_one(tmp_path: Path) -> None:

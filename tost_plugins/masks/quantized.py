@@ -11,13 +11,15 @@ from torch import Tensor
 from tost_plugins.errors import TostError
 from tost_plugins.files.tensors import comparable
 
-#: What made them, by names that nothing else has.
-_MADE = {
+#: What made them, by names: of integers, and of numbers that say how to read them.
+_INTEGERS = {
     "GPTQ or AWQ": re.compile(r"\.q(?:weight|zeros)$"),
-    "bitsandbytes": re.compile(r"\.SCB$|\.weight\.(?:absmax|quant_map|quant_state\..+)$"),
     "compressed-tensors": re.compile(r"\.(?:weight_packed|(?:weight\.)?bitmask)$"),
     "HQQ": re.compile(r"\.W_q$"),
     "MXFP4": re.compile(r"_blocks$"),
+}
+_NUMBERS = {
+    "bitsandbytes": re.compile(r"\.SCB$|\.weight\.(?:absmax|quant_map|quant_state\..+)$"),
     "torch.ao.quantization": re.compile(r"(?:^|\.)_packed_params\b|^(?!.*(?:quant|process|observer)).*\.zero_point$"),
 }
 _WEIGHT = re.compile(r"(?:^|[._])weight(?:[._]\w+)?$")
@@ -27,10 +29,11 @@ _ADDED = re.compile(r"(?:^|\.)lora_(?:embedding_)?(?:A|B|E|magnitude_vector)(?:\
 def check_quantized(tensors: Mapping[str, Tensor]) -> None:
     """Raise TostError where weights are quantized: integers, and what it takes to make numbers of them."""
     for name, tensor in tensors.items():
-        made = next((made for made, ends in _MADE.items() if ends.search(name)), None)
+        kinds = _NUMBERS if tensor.is_floating_point() else _INTEGERS | _NUMBERS
+        made = next((made for made, ends in kinds.items() if ends.search(name)), "")
         if made == "MXFP4" and f"{name.removesuffix('_blocks')}_scales" not in tensors:
-            made = None
-        if made is None and not (_WEIGHT.search(name) and _holds_integers(tensor)):
+            made = ""
+        if not made and not (_WEIGHT.search(name) and _holds_integers(tensor)):
             continue
         raise TostError(
             f"expected weights as numbers, got {name}, which is quantized{f' ({made})' if made else ''}; use the checkpoint that "
