@@ -202,19 +202,26 @@ def test_what_peft_adds_is_no_mask_unless_it_shows_one(tmp_path: Path) -> None:
     ("file", "said"),
     [
         ("zero_to_fp32.py", "a folder of DeepSpeed; python zero_to_fp32.py"),
-        ("latest", "a folder of DeepSpeed; pass the file mp_rank_00_model_states.pt"),
+        ("global_step10/mp_rank_00_model_states.pt", "a folder of DeepSpeed; pass mp_rank_00_model_states.pt"),
         ("saved_model.pb", "a folder of TensorFlow; save the weights with np.savez"),
         ("_CHECKPOINT_METADATA", "a folder of Orbax"),
         ("openvino_model.xml", "a folder of OpenVINO"),
     ],
 )
 def test_folders_that_are_only_named(file: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / file).write_text("global_step10")
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("what is in it does not count")
     for read in (Mask.load, lambda path: export(path, tmp_path / "out")):
         refused(lambda read=read: read(tmp_path), f"expected a checkpoint, got {said}")
     save_file(
         {"fc.weight": 2 * torch.eye(2)}, tmp_path / "model.safetensors"
     )  # a trainer has put the whole network beside
+    assert Mask.load(tmp_path).kept == 2
+
+
+def test_a_file_that_names_the_latest_is_nothing_special(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("epoch_3.pth")
+    saved({"fc.weight": 2 * torch.eye(2)}, tmp_path, "epoch_3.pth")
     assert Mask.load(tmp_path).kept == 2
 
 

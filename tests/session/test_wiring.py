@@ -108,7 +108,9 @@ def test_an_empty_layer_beside_a_live_branch_is_said(caplog: pytest.LogCaptureFi
         session = Session(model, recipe(kind="random", sparsity=0.5), mask)
         train(session, model)
     (line,) = [r.getMessage() for r in caplog.records if "keep no weight" in r.getMessage()]
-    assert line.startswith("mask: 1 layers keep no weight, others beside them connect: branch.weight; `ignore`")
+    assert line.startswith(
+        "mask: 1 layers keep no weight, others beside them connect: branch.weight; name those in `ignore`"
+    )
     assert session.report().live == mask.kept and "effective" not in caplog.text
 
 

@@ -22,10 +22,10 @@ _NOT_WEIGHTS = re.compile(
     r"(?:optimizer|scheduler|scaler|random_states|rng_state|training_args|sampler|custom_checkpoint)"
 )
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<end>\.\w+)$")
-#: Folders that are named and not read, by a file in them, and what to do instead.
+#: Folders that are named and not read, by what lies in them, and what to do instead.
 NAMED = {
     "zero_to_fp32.py": "a folder of DeepSpeed; python zero_to_fp32.py . OUT in it, then pass what that writes",
-    "latest": "a folder of DeepSpeed; pass the file mp_rank_00_model_states.pt in the folder that `latest` names",
+    "*/mp_rank_*_model_states.pt": "a folder of DeepSpeed; pass mp_rank_00_model_states.pt in the folder that `latest` names",
     "saved_model.pb": "a folder of TensorFlow; save the weights with np.savez",
     "_CHECKPOINT_METADATA": "a folder of Orbax; save the weights with safetensors or np.savez",
     "openvino_model.xml": "a folder of OpenVINO; use the checkpoint that it was made of",
@@ -98,7 +98,7 @@ def _named(folder: Path, names: Sequence[str]) -> Path | None:
 
 def _check_read(folder: Path) -> None:
     """Raise TostError for a folder of which we know what it is, and which is not read."""
-    said = next((said for name, said in NAMED.items() if os.path.isfile(folder / name)), None)
+    said = next((said for names, said in NAMED.items() if any(folder.glob(names))), None)
     if said is not None:
         raise TostError(f"{folder}: expected a checkpoint, got {said}")
 

@@ -60,4 +60,4 @@ def tell_empty(names: list[str]) -> None:
     """The line that layers have no weights and are not missed; nothing without such layers."""
     if names:
         text = f"mask: {len(names)} layers keep no weight, others beside them connect: {some(names, 20)}"
-        say(f"{text}; `ignore` leaves layers dense, adapters say", logging.INFO)
+        say(f"{text}; name those in `ignore` that are to stay dense", logging.INFO)
