@@ -183,6 +183,20 @@ def test_gradual_stops_where_the_next_cut_would_end_every_path(caplog: pytest.Lo
     assert all(values["tost/live"] > 0 for values in metrics)
 
 
+def test_a_move_after_which_little_lies_on_a_path_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    with torch.no_grad():
+        model[2].weight.mul_(1e-3)[0, 0] = 9  # a global cut leaves one weight of the second layer
+    spec = {"kind": "gradual", "sparsity": 0.6, "allocation": "global", "until": "6ba", "every": "1ba"}
+    session = Session(model, recipe(**spec, begin="1ba"))
+    with caplog.at_level(logging.WARNING, "tost_plugins"):
+        last = train(session, model, lr=1e-4)[-1]
+    kept, live = session.mask.kept, session.report().live
+    assert live is not None and 0 < 2 * live < kept and last["tost/live"] == live
+    (line,) = [record.getMessage() for record in caplog.records if "lie on a path" in record.getMessage()]
+    assert line.startswith("mask: after a move ") and "(erk)" in line
+
+
 @pytest.mark.parametrize("kind", ["rigl", "set", "snfs", "gradual", "ac_dc", "dnw", "top_kast"])
 def test_what_is_said_of_a_mask_that_has_moved_is_true(kind: str) -> None:
     model = net(16)

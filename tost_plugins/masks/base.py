@@ -163,8 +163,8 @@ class Alternating(Moving, Protocol):
         """Whether all weights go on without momentum after the move of this moment."""
         ...
 
-    def instead(self, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What to take where the next mask connects nothing, or just that mask."""
+    def instead(self, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """What to take in place of this next mask, of which less than half lies on a path; None for that itself."""
         ...
 
 

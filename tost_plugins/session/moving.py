@@ -224,10 +224,11 @@ class MovingWeights(MaskedWeights):
             comes_and_goes = isinstance(self.method, Alternating)
             may = self.wiring.allows(self.masks, {**self.masks, **new}, weights, self.restless, last=not comes_and_goes)
             if not may and isinstance(self.method, Alternating):
-                new = self.method.instead(new, weights)
-                may = self.wiring.allows(self.masks, {**self.masks, **new}, weights, self.restless)
-                if may:
+                other = self.method.instead(new, weights)
+                if other is not None:
+                    new = other
                     self._say_instead()
+                may = self.wiring.allows(self.masks, {**self.masks, **new}, weights, self.restless)
             new = new if may else {name: self.masks[name] for name in new}
         if not self.restless and ranks.world() > 1:
             new = ranks.broadcast(new, next(iter(self.weights.values())).device)
@@ -238,8 +239,8 @@ class MovingWeights(MaskedWeights):
     def _say_instead(self) -> None:
         if not self._said:
             say(
-                f"mask {self.method.kind}: the largest weights of all layers connect nothing, and a phase has the largest of "
-                f"each layer in their place; set allocation: erk for it from the start, or a lower sparsity",
+                f"mask {self.method.kind}: fewer than half of the largest weights of all layers lie on a path, and a phase has "
+                f"the largest of each layer in their place; set allocation: erk for it from the start, or a lower sparsity",
                 logging.WARNING,
             )
         self._said = True

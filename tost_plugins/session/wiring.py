@@ -32,6 +32,7 @@ class Wiring:
         self._witness: dict[str, Tensor] | None = None  # name -> indices of weights in a row
         self._told: tuple[str, ...] = ()  # the empty layers that were last said
         self._refused = False  # whether the last move was
+        self._thin = False  # whether it was said that little of a mask lies on a path
 
     def follow(self, task: Task) -> None:
         """Follow the network of a run that begins or goes on."""
@@ -65,7 +66,7 @@ class Wiring:
     ) -> bool:
         """Whether the mask may become `new`: whether that connects the inputs with the outputs or, where that cannot be known,
         empties no layer; one line where it may not, and the `old` one stays. `often`: it moves at every step; not `last`: there
-        is another one to try, and nothing to say."""
+        is another one to try, so that half of the new one has to lie on a path, and nothing is said."""
         self.known = None
         if self.paths is None:
             return self._may(not set(empty(new)) - set(empty(old)), last, "a layer without any weight")
@@ -74,6 +75,10 @@ class Wiring:
         found = connected.connects(new, self.paths)
         if found is not None and not found.connected:
             return self._may(False, last, f"no path from the inputs to the outputs: the last one ends at {found.ends}")
+        if found is not None and not often and 2 * found.live_count < found.kept_count:
+            if not last:
+                return False
+            self._say_thin(found)
         if found is not None and often:
             self._witness = self._found(new, weights)
         self.known = None if often else found
@@ -81,6 +86,15 @@ class Wiring:
             connected.tell_empty(list(found.empty))
             self._told = found.empty
         return self._may(True, last)
+
+    def _say_thin(self, found: Connectivity) -> None:
+        if not self._thin:
+            say(
+                f"mask: after a move {found.live_count:,} of {found.kept_count:,} kept weights lie on a path; a lower sparsity, "
+                f"or an allocation that leaves each layer its share (erk), lets more of them do",
+                logging.WARNING,
+            )
+        self._thin = True
 
     def _may(self, may: bool, last: bool, why: str = "") -> bool:
         if not may and not last:

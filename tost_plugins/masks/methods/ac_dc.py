@@ -27,7 +27,8 @@ class AcDc:
     good. A sparse phase begins with the largest magnitudes of that moment. A dense one begins with the removed weights at 0
     and with no momentum of any weight (`momentum_buffer`, `exp_avg`). A change follows a step's weight update.
 
-    Where the largest weights of all layers connect nothing, the phase has the largest of each layer in place of them.
+    Where fewer than half of the largest weights of all layers lie on a path (a small network at a high sparsity), the phase
+    has the largest of each layer in place of them.
 
     Fields: `sparsity` of the sparse phases in [0, 1), 0 is dense; `begin`, when the first of them starts, at 0 with the
     first step; `every`, the length of a phase; `until`, when the last one starts; `allocation`, how the kept weights are
@@ -35,7 +36,7 @@ class AcDc:
     layer that loses everything.
 
     Paper: Peste et al., AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks, NeurIPS 2021.
-    Differs from the paper: what is done where the largest weights connect nothing; times are shares of the run, those of its
+    Differs from the paper: what is done where few of the largest weights lie on a path; times are shares of the run, those of its
     100 epochs on ImageNet (10 dense, then phases of 5, the last dense one of 10, the last sparse one of 15).
 
     Example:
@@ -103,9 +104,9 @@ class AcDc:
             return {name: torch.ones_like(kept) for name, kept in mask.items()}
         return self._largest(mask, weights, self.allocation)
 
-    def instead(self, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def instead(self, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """The largest weights of each layer, shared out by "erk", where all layers were compared."""
-        return self._largest(mask, weights, "erk") if self.allocation == "global" else dict(mask)
+        return self._largest(mask, weights, "erk") if self.allocation == "global" else None
 
     def _largest(
         self, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor], allocation: Allocation

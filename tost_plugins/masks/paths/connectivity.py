@@ -56,6 +56,11 @@ class Connectivity:
         return self.ends is None
 
     @property
+    def kept_count(self) -> int:
+        """How many weights are kept."""
+        return sum(row.kept for row in self.layers)
+
+    @property
     def live_count(self) -> int:
         """How many weights are live."""
         return sum(row.live for row in self.layers)
