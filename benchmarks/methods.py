@@ -6,7 +6,8 @@
 
 One cell is one run of a method, sparsity, seed and variant; finished cells are not run again, a stopped one goes on. Seeds
 come one after another, so that a stopped grid has compared like with like. Writes `methods.csv` (a row per cell) and prints
-the table: test accuracy in percent, mean and standard deviation over the seeds, and the weights that are kept and live.
+the table: test accuracy in percent, mean (standard deviation, number of seeds), what ToST adds and how far a method is from the
+random mask that stands still, mean (standard error) over pairs of one seed, and the weights that are kept and live.
 
 A ticket's rounds are trained without tweaks and rewound to the initial weights; "with ToST" trains the last mask. One that
 rewinds the learning rate alone has the tweaks in every round: its last one goes on with the weights of those before.
@@ -15,6 +16,7 @@ rewinds the learning rate alone has the tweaks in every round: its last one goes
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -53,6 +55,7 @@ USUAL = list(METHODS)[:-3]
 BESIDE: dict[str, dict[str, Any]] = {"top_kast": {"optimizer": {"weight_decay": 0.0}}}
 CYCLES = {"sup-tickets over set": Cycles()}
 VARIANTS = ("plain", "tost")
+BASELINE = "random, static"
 #: A run of fewer than a thousand steps has its updates every 25 of them: the usual 100 would be a handful.
 SHORT = {kind: {"every": "25ba"} for kind in ("set", "rigl", "gradual")}
 
@@ -98,18 +101,36 @@ def rows_of(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The lines to print: a line for each method and sparsity, of the seeds that are there; the difference is that of pairs."""
+    """The lines to print: a line for each method and sparsity, of the seeds that are there."""
+    lines = ["| sparsity | mask | plain | with ToST | ToST adds | less random | kept | live |", "| --- " * 8 + "|"]
     places = list(dict.fromkeys((row["sparsity"], row["method"]) for row in rows))
-    lines = ["| sparsity | mask | plain | with ToST | difference | kept | live |", "| --- " * 7 + "|"]
     for sparsity, method in sorted(places, key=lambda place: place[0]):
         found = [row for row in rows if (row["sparsity"], row["method"]) == (sparsity, method)]
-        of = {v: {row["seed"]: row["test_accuracy"] for row in found if row["training"] == v} for v in VARIANTS}
-        both = [of["tost"][seed] - of["plain"][seed] for seed in of["plain"] if seed in of["tost"]]
-        words = [_spread(list(of[variant].values())) for variant in VARIANTS]
-        kept, live = (_mean([row[key] for row in found if row[key] is not None]) for key in ("kept", "live"))
-        difference = f"{statistics.mean(both):+.2f}" if both else "-"
-        lines.append(f"| {100 * sparsity:g} % | {method} | {words[0]} | {words[1]} | {difference} | {kept} | {live} |")
+        plain, tost = (_seeds(rows, sparsity, method, variant) for variant in VARIANTS)
+        random = _seeds(rows, sparsity, BASELINE, "plain")
+        words = [
+            _spread(list(plain.values())),
+            _spread(list(tost.values())),
+            _pairs(tost, plain),
+            "-" if method == BASELINE else _pairs(plain, random),
+        ]
+        words += [_mean([row[key] for row in found if row[key] is not None]) for key in ("kept", "live")]
+        lines.append("| " + " | ".join([f"{100 * sparsity:g} %", method, *words]) + " |")
     return lines
+
+
+def _seeds(rows: Sequence[dict[str, Any]], *which: Any) -> dict[int, float]:
+    """The accuracy of each seed of a sparsity, a method and a variant."""
+    return {
+        row["seed"]: row["test_accuracy"] for row in rows if (row["sparsity"], row["method"], row["training"]) == which
+    }
+
+
+def _pairs(some: dict[int, float], others: dict[int, float]) -> str:
+    """How far the one is above the other in runs of one seed."""
+    both = [some[seed] - others[seed] for seed in some if seed in others]
+    error = f" ({statistics.stdev(both) / math.sqrt(len(both)):.2f})" if len(both) > 1 else ""
+    return f"{statistics.mean(both):+.2f}{error}" if both else "-"
 
 
 def _spread(values: list[float]) -> str:

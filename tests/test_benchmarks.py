@@ -174,9 +174,12 @@ def test_the_table_of_methods_is_of_what_is_there() -> None:
         {**row, "training": "plain", "seed": 0, "test_accuracy": 40.0},
         {**row, "training": "tost", "seed": 0, "test_accuracy": 43.0},
         {**row, "training": "plain", "seed": 1, "test_accuracy": 42.0},
+        {**row, "method": "random, static", "training": "plain", "seed": 0, "test_accuracy": 39.0},
+        {**row, "method": "random, static", "training": "plain", "seed": 1, "test_accuracy": 39.0},
         {**row, "method": "dnw", "training": "plain", "seed": 0, "test_accuracy": 30.0, "live": None},
     ]
     assert methods.table(rows)[2:] == [
-        "| 95 % | set | 41.00 (1.41, 2) | 43.00 (0.00, 1) | +3.00 | 100 | 80 |",
-        "| 95 % | dnw | 30.00 (0.00, 1) | - | - | 100 | - |",
+        "| 95 % | set | 41.00 (1.41, 2) | 43.00 (0.00, 1) | +3.00 | +2.00 (1.00) | 100 | 80 |",
+        "| 95 % | random, static | 39.00 (0.00, 2) | - | - | - | 100 | 80 |",
+        "| 95 % | dnw | 30.00 (0.00, 1) | - | - | -9.00 | 100 | - |",
     ]
