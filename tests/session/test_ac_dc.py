@@ -133,7 +133,7 @@ def test_a_phase_that_would_connect_little_has_the_largest_of_each_layer(
     shares = masks.find(Digits(), "magnitude", 0.6, allocation="erk").sparsities()
     assert session.mask.sparsities() == shares
     (line,) = [record.getMessage() for record in caplog.records if "lie on a path" in record.getMessage()]
-    assert line.startswith("mask ac_dc: fewer than half of the largest weights of all layers lie on a path")
+    assert line.startswith("mask ac_dc: of the largest weights of all layers too few lie on a path")
     assert "a move is left out" not in caplog.text
 
 

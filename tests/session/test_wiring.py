@@ -167,6 +167,18 @@ def test_a_move_that_would_leave_no_path_is_left_out_and_said(caplog: pytest.Log
     )
 
 
+def test_weights_over_padding_are_not_missed(caplog: pytest.LogCaptureFixture) -> None:
+    """Of a 3 x 3 kernel over one pixel one weight in nine is live, and no mask can have more."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Flatten(), nn.Linear(4, 3))
+    wiring, params = Wiring(), prunable(model)
+    wiring.follow(Task.of(model, batches=[(torch.ones(2, 2, 1, 1), torch.zeros(2).long())]))
+    dense = Mask.dense(params)
+    with caplog.at_level(logging.WARNING, "tost_plugins"):
+        assert wiring.allows(dense, dense, params, often=False, last=False)
+    assert wiring.known is not None and (wiring.known.live_count, wiring.known.kept_count) == (20, 84)
+    assert not caplog.records
+
+
 def test_gradual_stops_where_the_next_cut_would_end_every_path(caplog: pytest.LogCaptureFixture) -> None:
     model = net()
     with torch.no_grad():

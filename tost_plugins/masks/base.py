@@ -164,7 +164,7 @@ class Alternating(Moving, Protocol):
         ...
 
     def instead(self, mask: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """What to take in place of this next mask, of which less than half lies on a path; None for that itself."""
+        """What to take in place of this next mask, of which less than 0.9 lies on a path; None for that itself."""
         ...
 
 

@@ -239,7 +239,7 @@ class MovingWeights(MaskedWeights):
     def _say_instead(self) -> None:
         if not self._said:
             say(
-                f"mask {self.method.kind}: fewer than half of the largest weights of all layers lie on a path, and a phase has "
+                f"mask {self.method.kind}: of the largest weights of all layers too few lie on a path, and a phase has "
                 f"the largest of each layer in their place; set allocation: erk for it from the start, or a lower sparsity",
                 logging.WARNING,
             )

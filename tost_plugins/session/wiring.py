@@ -11,11 +11,16 @@ from torch import Tensor
 
 from tost_plugins.errors import TostError
 from tost_plugins.masks import connected
+from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.paths.connectivity import Connectivity, Paths
 from tost_plugins.masks.scoring import wide
 from tost_plugins.masks.topk import count_true, empty, top_k
 from tost_plugins.training.log import say
 from tost_plugins.training.task import Task
+
+#: How much of a mask has to lie on a path where there is another one to try. AC/DC at 98 % in a ResNet-20, 3,756 steps,
+#: validation: 17.4 % if all that connects is taken, 45.4 from a half on, 47.6 from here on, 50.6 if all go by layers (erk).
+_NEARLY_ALL = 0.9
 
 
 class Wiring:
@@ -33,10 +38,11 @@ class Wiring:
         self._told: tuple[str, ...] = ()  # the empty layers that were last said
         self._refused = False  # whether the last move was
         self._thin = False  # whether it was said that little of a mask lies on a path
+        self._possible: float | None = None  # the share of all weights that lies on a path
 
     def follow(self, task: Task) -> None:
         """Follow the network of a run that begins or goes on."""
-        self.paths = connected.followed(task)
+        self.paths, self._possible = connected.followed(task), None
 
     def take(self, mask: Mapping[str, Tensor], where: str, loaded: bool = False) -> None:
         """The mask of a run that begins, or goes on with a `loaded` one; raises TostError where it connects nothing."""
@@ -66,7 +72,7 @@ class Wiring:
     ) -> bool:
         """Whether the mask may become `new`: whether that connects the inputs with the outputs or, where that cannot be known,
         empties no layer; one line where it may not, and the `old` one stays. `often`: it moves at every step; not `last`: there
-        is another one to try, so that half of the new one has to lie on a path, and nothing is said."""
+        is another one to try, so that nearly all of the new one has to lie on a path, and nothing is said."""
         self.known = None
         if self.paths is None:
             return self._may(not set(empty(new)) - set(empty(old)), last, "a layer without any weight")
@@ -75,10 +81,12 @@ class Wiring:
         found = connected.connects(new, self.paths)
         if found is not None and not found.connected:
             return self._may(False, last, f"no path from the inputs to the outputs: the last one ends at {found.ends}")
-        if found is not None and not often and 2 * found.live_count < found.kept_count:
-            if not last:
+        if found is not None and not often:
+            share = self._share(found)
+            if share < _NEARLY_ALL and not last:
                 return False
-            self._say_thin(found)
+            if share < 0.5:
+                self._say_thin(found)
         if found is not None and often:
             self._witness = self._found(new, weights)
         self.known = None if often else found
@@ -95,6 +103,14 @@ class Wiring:
                 logging.WARNING,
             )
         self._thin = True
+
+    def _share(self, found: Connectivity) -> float:
+        """What part of the kept weights is live; 1 is as large a part as without a mask, since those over padding never are."""
+        assert self.paths is not None
+        if self._possible is None:
+            dense = self.paths.connectivity(Mask.dense(found.live))
+            self._possible = dense.live_count / max(1, dense.kept_count)
+        return found.live_count / max(1, found.kept_count) / (self._possible or 1.0)
 
     def _may(self, may: bool, last: bool, why: str = "") -> bool:
         if not may and not last:

@@ -27,8 +27,8 @@ class AcDc:
     good. A sparse phase begins with the largest magnitudes of that moment. A dense one begins with the removed weights at 0
     and with no momentum of any weight (`momentum_buffer`, `exp_avg`). A change follows a step's weight update.
 
-    Where fewer than half of the largest weights of all layers lie on a path (a small network at a high sparsity), the phase
-    has the largest of each layer in place of them.
+    Where less than 0.9 of the largest weights of all layers lie on a path (a small network at a high sparsity), the phase has
+    the largest of each layer, shared out by "erk", in place of them.
 
     Fields: `sparsity` of the sparse phases in [0, 1), 0 is dense; `begin`, when the first of them starts, at 0 with the
     first step; `every`, the length of a phase; `until`, when the last one starts; `allocation`, how the kept weights are
