@@ -78,9 +78,11 @@ class TostHook:
             )
         self._session = Session(model, self.recipe, self._mask).attach(optimizer)
         self._session.smoothing.remedy = "make the training loss with tost.criterion(loss_fn)"
-        # one run at a time: an earlier one, now over, is not saved with ours
+        # an earlier run that is over, or that `free_memory` has taken the model of, is not saved with ours
         registered = self.accelerator._custom_objects
-        registered[:] = [other for other in registered if not (isinstance(other, TostHook) and other.is_over)]
+        registered[:] = [
+            other for other in registered if not (isinstance(other, TostHook) and other._is_left(prepared))
+        ]
         self.accelerator.register_for_checkpointing(self)
         return model
 
@@ -134,6 +136,11 @@ class TostHook:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """For `accelerator.load_state`, which loads us after model and optimizer."""
         self.session.load_state_dict(state)
+
+    def _is_left(self, prepared: list[nn.Module]) -> bool:
+        """Whether the run is over, or was interrupted and its model let go."""
+        begun = self._session is not None and self._session.state == "running"
+        return self.is_over or (begun and all(self.session.model is not other for other in prepared))
 
     def _log(self, *_: Any) -> None:
         if self.accelerator.trackers:

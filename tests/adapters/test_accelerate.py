@@ -422,6 +422,22 @@ def test_states_of_another_recipe_are_refused(whole: tuple[Path, dict[str, Tenso
         Loop(recipe=other, start=False).accelerator.load_state(str(whole[0] / "3"))
 
 
+def test_a_run_that_was_interrupted_and_freed_is_not_saved_with_the_next_one(tmp_path: Path) -> None:
+    one = Loop()
+    one.run(last=2)
+    accelerator = one.accelerator
+    one.model, one.optimizer, one.loader = accelerator.free_memory(one.model, one.optimizer, one.loader)
+    net, tost = Net(), TostHook(RECIPE, accelerator)
+    tost.attach(net)
+    parts = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.05), loader())
+    tost.start(parts[1], parts[2], total_steps=STEPS)
+    accelerator.save_state(str(tmp_path))
+    fresh = Loop(Net(seed=7), start=False)
+    fresh.accelerator.load_state(str(tmp_path))  # Accelerate counts what is registered
+    fresh.start()
+    assert not differences(dict(fresh.tost.session.mask), dict(tost.session.mask))
+
+
 # ---- several ranks
 
 

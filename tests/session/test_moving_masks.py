@@ -1106,7 +1106,7 @@ def test_a_layer_that_is_frozen_in_mid_run_keeps_its_mask(case: str, caplog: pyt
     if case not in HIDES:  # whose hidden weights come and go
         assert torch.equal(net.body[3].weight, frozen)
     assert any(not torch.equal(kept, others[name]) for name, kept in session.mask.items())
-    (line,) = [r.getMessage() for r in caplog.records if "do not train any more" in r.getMessage()]
+    (line,) = [r.getMessage() for r in caplog.records if "do not train when it moves" in r.getMessage()]
     assert "body.3.weight" in line
 
 

@@ -92,6 +92,17 @@ def one_gradient(method: MaskMethod, optimizers: Optimizers) -> None:
         )
 
 
+def concealed(method: MaskMethod, revealed: bool) -> None:
+    """Raise TostError for a gradient that comes while weights that train out of sight are in the network: it was computed
+    with them."""
+    if revealed:
+        raise TostError(
+            f"mask {method.kind}: expected one gradient for each step, got a second one while all weights are in the network "
+            f"(SAM and LBFGS take several); use another optimizer, or a mask that does not hide, and a session each for "
+            f"networks that step by turns (a GAN's)"
+        )
+
+
 def same_recipe(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise TostError unless a checkpoint's recipe has the mask and tweaks of this one, and trains the same part."""
     differ = [key for key in ("mask", "tweaks", "train") if _lasting(saved.get(key)) != _lasting(own.get(key))]
@@ -142,12 +153,15 @@ def over(method: MaskMethod, at_work: Mapping[str, Any], clock: Clock, gone_back
 def fewer(method: MaskMethod, weights: MaskedWeights, clock: Clock) -> None:
     """Warn where a mask that moves has ended before it removed what it is to remove."""
     wanted, size = getattr(method, "sparsity", None), weights.size
-    if not isinstance(method, Moving) or wanted is None or method.settled(clock):
+    frozen = getattr(weights, "frozen", [])
+    if not isinstance(method, Moving) or wanted is None or (method.settled(clock) and not frozen):
         return
     if weights.count - round((1 - wanted) * size) > len(weights.weights):  # each layer may round up
+        layers = f"mask {method.kind} left {some(frozen, 3)} alone, which did not train when it moved; train them up to its end"
+        why = layers if method.settled(clock) else f"mask {method.kind} was not there yet; train on"
         say(
             f"finish at step {clock.step}: the network keeps {weights.count:,} of {size:,} weights, where a sparsity of "
-            f"{wanted:g} keeps {round((1 - wanted) * size):,}: mask {method.kind} was not there yet; train on",
+            f"{wanted:g} keeps {round((1 - wanted) * size):,}: {why}",
             logging.WARNING,
         )
 

@@ -48,6 +48,7 @@ class MaskedWeights:
         self._mask: Mask | None = mask if isinstance(mask, Mask) else None  # None: made when somebody asks
         self._arrived: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # gradients as they were when last masked
         self.had_gradients = False  # since they are followed
+        self.came: set[str] = set()  # weights for which a gradient has come since the last step
         self.passes, self._pass = 0, -1  # backward passes since the last step, and the last one's number
         self._looked_after = -1  # the backward pass whose end is waited for
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -83,6 +84,10 @@ class MaskedWeights:
         """Changes whenever somebody writes into the weights."""
         return sum(param._version for param in self.weights.values())
 
+    def trains(self, name: str) -> bool:
+        """Whether a weight trains now, or has had its turn in this step: a GAN's loop turns the other network's weights off."""
+        return self.weights[name].requires_grad or name in self.came
+
     # ---- gradients
 
     def follow(self) -> None:
@@ -108,6 +113,7 @@ class MaskedWeights:
         def hook(_: Tensor) -> None:
             if (found := owner()) is not None:
                 found.had_gradients = True
+                found.comes(name)
                 if found._pass != (number := backward.number()):
                     found._pass, found.passes = number, found.passes + 1
                 if not found.wants_dense():
@@ -120,6 +126,10 @@ class MaskedWeights:
         if frozen:
             param.requires_grad_(False)
         return handle
+
+    def comes(self, name: str) -> None:
+        """A gradient has come for this weight, whatever becomes of it."""
+        self.came.add(name)
 
     def _arrives(self, name: str) -> None:
         self._mask_gradient(name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tost_plugins.errors import TostError
 from tost_plugins.masks.base import Alternating, Averaging, Exploring, Moving
 from tost_plugins.masks.topk import count_true
-from tost_plugins.session import buffers
+from tost_plugins.session import buffers, checks
 from tost_plugins.session.masked_weights import MaskedWeights
 from tost_plugins.session.optimizers import Optimizers
 from tost_plugins.session.restarts import restart
@@ -43,7 +43,7 @@ class MovingWeights(MaskedWeights):
         self.changed: Tensor = getattr(model, buffers.CHANGED)
         self.clock = Clock()
         self._said = False  # that a mask had to be another one to connect
-        self._frozen: list[str] = []  # layers that did not train when the mask last moved
+        self.frozen: list[str] = []  # layers that did not train when the mask last moved
         self._total: Any = self._count  # how many weights are kept, on the device
         self._numbers: tuple[int, dict[str, float]] | None = None  # what is logged; None: it has moved since
         self._moved_at = -1  # the step at whose gradients the mask has moved: a closure may come by twice
@@ -129,7 +129,7 @@ class MovingWeights(MaskedWeights):
             averages = {} if self.gradients is None else self.gradients.averages
             self._move(averages, clock, None if self.hides else optimizers)
             if self.part is not None:
-                self.part.choose({n: m for n, m in self.masks.items() if self.weights[n].requires_grad}, optimizers)
+                self.part.choose({n: m for n, m in self.masks.items() if self.trains(n)}, optimizers)
         if hid and not self.hides:  # what trained out of sight is gone for good
             self.forget(optimizers)
             torch._foreach_zero_(list(self._hidden().values()))
@@ -170,6 +170,10 @@ class MovingWeights(MaskedWeights):
             scale = 1.0 if optimizers is None else optimizers.scale
             gradients.take(self.weights, self.kept, self.clock.step, scale)
 
+    def comes(self, name: str) -> None:
+        checks.concealed(self.method, self._revealed)
+        super().comes(name)
+
     def _arrives(self, name: str) -> None:
         grad = self.weights[name].grad
         if self.gradients is not None and grad is not None and not self.method.settled(self.clock):
@@ -196,7 +200,7 @@ class MovingWeights(MaskedWeights):
         """
         looked_at = self._looked_at()
         weights, grads = ({n: sharding.whole(t) for n, t in tensors.items()} for tensors in (looked_at, grads))
-        moving = {name: mask for name, mask in self.masks.items() if self.weights[name].requires_grad}
+        moving = {name: mask for name, mask in self.masks.items() if self.trains(name)}
         self._say_frozen([name for name in self.masks if name not in moving])
         generator = seeds.generator(self.seed, clock.step)
         new = self._connected(self.method.update(moving, weights, grads, clock, generator), weights) if moving else {}
@@ -250,20 +254,17 @@ class MovingWeights(MaskedWeights):
         return self.weights
 
     def _say_frozen(self, frozen: list[str]) -> None:
-        if frozen and frozen != self._frozen:
+        if frozen and frozen != self.frozen:
             say(
-                f"mask {self.method.kind}: {len(frozen)} layers do not train any more, and their masks stay: {some(frozen, 3)}"
+                f"mask {self.method.kind}: {len(frozen)} layers do not train when it moves, and their masks stay: "
+                f"{some(frozen, 3)}"
             )
-        self._frozen = frozen
+        self.frozen = frozen
 
     @torch.no_grad()
     def _reveal(self) -> None:
         """Give the optimizer all weights to work on."""
-        if self._revealed:
-            raise TostError(
-                f"mask {self.method.kind}: expected one gradient for each step, got a second one while all weights "
-                f"are in the network (SAM and LBFGS take several); use another optimizer, or a mask that does not hide"
-            )
+        checks.concealed(self.method, self._revealed)
         if any(param.grad is not None and param.grad.requires_grad for param in self.weights.values()):
             raise TostError(
                 f"mask {self.method.kind}: expected gradients alone, got some with a graph (create_graph=True), along which "

@@ -166,6 +166,7 @@ class Run:
         self.clock = self.clock.at(self.clock.step + 1 if step is None else step)
         self.weights.after_step(self.clock, optimizers)
         self._most, self.weights.passes = max(self._most, self.weights.passes), 0
+        self.weights.came.clear()
         self._version = self.weights.version
         self.saved.stepped, self.saved.gone_back = True, False
         self._tick()
