@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tost_plugins.errors import TostError
+from tost_plugins.training import seeds
 from tost_plugins.training.params import clean_name, matches, some
 
 
@@ -30,11 +31,15 @@ def soft(mask: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
     """
     if not isinstance(mask, Mapping):
         raise TostError(f"soft: expected a mask (name -> tensor), got {type(mask).__name__}; see masks.find")
-    generator = torch.Generator().manual_seed(seed)
+    try:
+        generator = torch.Generator().manual_seed(seeds.given(seed))
+    except TostError as error:
+        raise error.at("soft") from None
     found = {}
     for name, kept in mask.items():
-        if kept.dtype != torch.bool:
-            raise TostError(f"soft: expected a mask of bools for {name}, got {kept.dtype}; pass a Mask")
+        if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
+            got = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__
+            raise TostError(f"soft: expected a mask of bools for {name}, got {got}; pass a Mask")
         found[name] = torch.rand(kept.shape, generator=generator).masked_fill_(kept.cpu(), 1)
     return found
 
