@@ -101,7 +101,8 @@ def test_seeds_are_whole_numbers(seed: Any) -> None:
 
 
 def test_seeds_may_be_numbers_of_numpy() -> None:
-    found = [masks.find(nn.Linear(4, 4), "random", 0.5, seed=seed) for seed in (3, np.int64(3))]
+    seeds: list[Any] = [3, np.int64(3)]
+    found = [masks.find(nn.Linear(4, 4), "random", 0.5, seed=seed) for seed in seeds]
     assert found[0] == found[1]
 
 
