@@ -88,6 +88,8 @@ def minors_only(
     """
     params = {clean_name(name): param for name, param in model.named_parameters()}
     _check("minors_only", params, factors)
+    if not isinstance(optimizer, Optimizer):
+        raise TostError(f"minors_only: expected an optimizer, got {type(optimizer).__name__}; pass the one that steps")
     free = _free(params, factors, (also,) if isinstance(also, str) else also)
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     if missing := [name for name in factors if id(params[name]) not in held]:
@@ -131,6 +133,15 @@ def _free(params: Mapping[str, nn.Parameter], factors: Mapping[str, Tensor], als
 
 
 def _check(where: str, tensors: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> None:
+    given = (
+        [*tensors.values(), *factors.values()]
+        if isinstance(factors, Mapping) and isinstance(tensors, Mapping)
+        else [None]
+    )
+    if not all(isinstance(each, Tensor) for each in given):
+        raise TostError(
+            f"{where}: expected names and their tensors, got others; pass named parameters, and masks.soft(mask)"
+        )
     for name, factor in factors.items():
         if name not in tensors or tensors[name].shape != factor.shape:
             raise TostError(
