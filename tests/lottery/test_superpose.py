@@ -237,7 +237,8 @@ def test_a_sparsity_that_is_none_is_said(sparsity: Any, said: str) -> None:
 def test_what_is_no_ticket_is_said() -> None:
     net = nn.Linear(2, 2)
     mask = Mask.from_zeros({"weight": net.weight})
-    for ticket in (net, {"weight": net.weight.detach().numpy()}):
+    others: list[Any] = [net, {"weight": net.weight.detach().numpy()}]
+    for ticket in others:
         refused(lambda ticket=ticket: superpose([ticket], [mask], 0.0), "superpose: expected state dicts, got ")
     alike = superpose([net.state_dict()], [{"weight": torch.ones(2, 2)}], 0.0)[1]  # type: ignore[list-item]
     assert alike == mask

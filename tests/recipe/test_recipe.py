@@ -373,6 +373,13 @@ def test_a_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:
         Recipe.load(path)
 
 
+def test_a_key_without_a_value_is_to_be_left_away(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("mask: {kind: snip, sparsity: 0.5}\ndata:\n")
+    said = "data: expected keys and values, got None; write one, or leave the key away"
+    refused(lambda: Recipe.load(path), f"recipe {path}: {said}")
+
+
 @pytest.mark.parametrize("word", ["true", "yes", "on", "no"])
 @pytest.mark.parametrize(
     "key",
