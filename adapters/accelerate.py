@@ -68,8 +68,12 @@ class TostHook:
 
         An optimizer made before is given the ghosts here, or else in `start`; give it here where `load_state` comes
         before `start`. Raises TostError, with the model unchanged, where the model is prepared already or a part of the
-        recipe has nothing to act on.
+        recipe has nothing to act on, and with another model while the run of the first goes on.
         """
+        if self._session is not None and not self.is_over and unwrap(model) is not self._session.model:
+            raise TostError(
+                "TostHook.attach: expected the model that it has, got a second; make a TostHook for each, or finish() first"
+            )
         prepared = [self.accelerator.unwrap_model(other) for other in self.accelerator._models]
         if any(unwrap(model) is unwrap(other) for other in prepared):
             raise TostError(

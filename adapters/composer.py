@@ -119,8 +119,8 @@ class TostAlgorithm(Algorithm):
 
     def _attach(self, state: State, logger: Logger) -> None:
         others = [type(other) for other in state.algorithms if other is not self]
-        if TostAlgorithm in others:
-            raise TostError("TostAlgorithm: expected one in a Trainer, got two; merge their recipes")
+        if sum(isinstance(each, TostAlgorithm) for each in state.algorithms) > 1:
+            raise TostError("TostAlgorithm: expected one in a Trainer, got several; merge their recipes")
         sam = [each for each in state.optimizers if hasattr(each, "base_optimizer")]
         if isinstance(self.recipe.mask, Moving) and (sam or any(issubclass(other, SAM) for other in others)):
             raise TostError(

@@ -72,9 +72,7 @@ class TostLightning(Callback):  # type: ignore[misc]
     def session(self) -> Session:
         """The Session of the LightningModule; raises TostError before `fit`."""
         if self._session is None:
-            raise TostError(
-                "TostLightning.session: expected a Trainer's fit, got none yet; write Trainer(callbacks=[...])"
-            )
+            raise TostError("TostLightning.session: expected a Trainer's fit, got none yet; write callbacks=[tost]")
         return self._session
 
     def criterion(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,13 +84,17 @@ class TostLightning(Callback):  # type: ignore[misc]
 
         return compute
 
-    def state_dict(self) -> dict[str, Any]:
-        """What checkpoints hold of us: primitives; masks, alpha and beta travel with the weights."""
-        return {} if self._session is None else {"session": self._session.state_dict()}
-
     # ---- Lightning's events
 
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """What checkpoints hold of us: primitives; masks, alpha and beta travel with the weights. Of two callbacks with a
+        `state_dict` Lightning says that their keys are the same, and not what to do."""
+        if self._session is not None:
+            checkpoint["callbacks"][self.state_key] = {"session": self._session.state_dict()}
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if sum(isinstance(each, TostLightning) for each in trainer.callbacks) > 1:
+            raise TostError("TostLightning: expected one in a Trainer, got several; merge their recipes")
         _run_all(self._undo)  # of a stage that an error has left
         self._undo.append(around(pl_module, "on_save_checkpoint", self._saving))
         self._undo.append(around(pl_module, "on_load_checkpoint", functools.partial(self._loading, trainer, pl_module)))
@@ -112,10 +114,8 @@ class TostLightning(Callback):  # type: ignore[misc]
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         late = [name for name in averages.layers(pl_module) if name not in self._there]
         if late and self.session.state == "attached":
-            where = "in the module's __init__, where setup and configure_model make them too late"
-            raise TostError(
-                f"TostLightning: expected all layers before setup, got {some(late)} later; make them {where}"
-            )
+            remedy = "make them in the module's __init__, where setup and configure_model make them too late"
+            raise TostError(f"TostLightning: expected all layers before setup, got {some(late)} later; {remedy}")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         session = self.session

@@ -269,7 +269,7 @@ def _come_first(callback: TostCallback) -> None:
     if handler is None:
         return
     if sum(isinstance(other, TostCallback) for other in handler.callbacks) > 1:
-        raise TostError("TostCallback: expected one, got several; give the Trainer one whose recipe holds all tweaks")
+        raise TostError("TostCallback: expected one in a Trainer, got several; merge their recipes")
     handler.callbacks = [callback, *(other for other in handler.callbacks if other is not callback)]
 
 

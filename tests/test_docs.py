@@ -11,10 +11,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from pydantic import TypeAdapter
 from torch import nn
 
 import tost_plugins
@@ -107,6 +109,13 @@ def test_the_pages_name_every_method_and_tweak() -> None:
     masks, tweaks = ((ROOT / "docs" / page).read_text() for page in ("masks.md", "tweaks.md"))
     assert [kind for kind in MASKS if f"`{kind}`" not in masks] == [], "give these a row in docs/masks.md"
     assert [kind for kind in TWEAKS if f"## {kind}" not in tweaks] == [], "give these a section in docs/tweaks.md"
+    shared = {"optional", "least_steps"}
+    shown = [yaml.safe_load(line) for line in re.findall(r"^`({kind: .*})`$", tweaks, re.MULTILINE)]
+    defaults = [
+        TypeAdapter[Any](TWEAKS[each["kind"]]).dump_python(TWEAKS[each["kind"]](), mode="json") for each in shown
+    ]
+    assert shown == [{name: each[name] for name in each if name not in shared} for each in defaults], "say all defaults"
+    assert sorted(each["kind"] for each in shown) == sorted(TWEAKS)
 
 
 # ---- what the pages point at is there

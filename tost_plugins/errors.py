@@ -130,8 +130,7 @@ def from_pydantic(
     elif first["type"] in ("missing", "missing_argument"):
         text = f"{path}: expected a value, got none; add the key {path.rsplit('.')[-1]!r}"
     else:
-        text = (
-            f"{path}: expected {message[0].lower()}{message[1:]}, got {shown(first.get('input'))}; correct this value"
-        )
+        remedy = "correct this value" if first.get("input") is not None else "write one, or leave the key away"
+        text = f"{path}: expected {message[0].lower()}{message[1:]}, got {shown(first.get('input'))}; {remedy}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return TostError(f"{where}: {text}{more}")

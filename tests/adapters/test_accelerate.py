@@ -323,6 +323,18 @@ def test_what_comes_in_the_wrong_order_is_refused() -> None:
     assert list(net.state_dict()) == keys and not differences(weights(net), before) and type(net) is Net
 
 
+def test_a_hook_is_for_one_model_at_a_time() -> None:
+    tost, model = TostHook(RECIPE, Accelerator(cpu=True)), Net()
+    tost.attach(model)
+    with pytest.raises(
+        TostError, match=r"TostHook\.attach: expected the model that it has, got a second; make a TostHook"
+    ):
+        tost.attach(Net())
+    assert tost.session.model is model
+    with pytest.raises(TostError, match="attach: expected a model without a session, got one that is attached already"):
+        TostHook(RECIPE, tost.accelerator).attach(model)
+
+
 def test_what_is_no_accelerator_is_refused() -> None:
     with pytest.raises(TostError, match=r"expected an Accelerator, got None; write TostHook\(recipe, accelerator\)"):
         TostHook(RECIPE)

@@ -483,8 +483,12 @@ def test_a_recipe_that_finds_nothing_raises_when_the_trainer_is_made():
 def test_two_in_one_trainer_are_an_error():
     net = model()
     types = kinds(net)
-    with pytest.raises(TostError, match="TostAlgorithm: expected one in a Trainer, got two"):
-        trainer(net, TostAlgorithm(RECIPE), TostAlgorithm())
+    one = TostAlgorithm(RECIPE)
+    for two in ((one, TostAlgorithm()), (one, one)):
+        with pytest.raises(
+            TostError, match="TostAlgorithm: expected one in a Trainer, got several; merge their recipes"
+        ):
+            trainer(net, *two)
     assert kinds(net) == types
 
 

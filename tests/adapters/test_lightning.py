@@ -635,6 +635,18 @@ def test_a_module_without_forward_asks_for_one() -> None:
     assert tost.session.mask.sparsity == pytest.approx(0.6, abs=0.01)
 
 
+def test_two_in_one_trainer_are_an_error() -> None:
+    module, one = Module(), TostLightning(SNIP)
+    kinds = [type(each) for each in module.modules()]
+    for two in ([one, TostLightning(SNIP)], [one, one]):
+        trainer = Trainer(max_epochs=1, callbacks=two, enable_checkpointing=False, **QUIET)
+        with pytest.raises(
+            TostError, match="TostLightning: expected one in a Trainer, got several; merge their recipes"
+        ):
+            trainer.fit(module, loader())
+    assert [type(each) for each in module.modules()] == kinds
+
+
 def test_before_a_fit_there_is_no_session() -> None:
     tost = TostLightning(SNIP)
     with pytest.raises(TostError, match=r"TostLightning.session: expected a Trainer's fit"):

@@ -440,7 +440,7 @@ def test_what_cannot_work_is_refused_before_anything_changes(tmp_path: Path) -> 
         trainer = {"compute_loss_func": lambda *a, **k: None}
         model.config = copy.copy(ResNetConfig())
         make(tmp_path, [TostCallback(RECIPE)], model, trainer, label_smoothing_factor=0.1)
-    with pytest.raises(TostError, match="expected one, got several"):
+    with pytest.raises(TostError, match="expected one in a Trainer, got several"):
         make(tmp_path, [TostCallback(RECIPE), TostCallback(MASK_ONLY)], model)
     late = make(tmp_path, [], model)
     late.add_callback(TostCallback(RECIPE))
@@ -468,7 +468,7 @@ def test_smoothing_that_rests_leaves_it_to_the_trainer(tmp_path: Path) -> None:
 def test_a_second_callback_added_later_is_refused(tmp_path: Path) -> None:
     trainer = make(tmp_path, [TostCallback(RECIPE)])
     trainer.add_callback(TostCallback(MASK_ONLY))
-    with pytest.raises(TostError, match="expected one, got several"):
+    with pytest.raises(TostError, match="expected one in a Trainer, got several"):
         trainer.train()
 
 

@@ -69,6 +69,13 @@ def sparse(name: str = "cifar/resnet20", sparsity: float = 0.98) -> nn.Module:
     return net
 
 
+def test_a_path_may_be_text_and_what_is_no_state_dict_is_said(tmp_path: Path) -> None:
+    net = nn.Linear(2, 2)
+    save_packed(str(tmp_path / "net.safetensors"), net.state_dict())
+    assert read_packed(tmp_path / "net.safetensors").tensors.keys() == net.state_dict().keys()
+    refused(lambda: save_packed(tmp_path / "x", net), "x: expected a state dict, got Linear; pass model.state_dict()")  # type: ignore[arg-type]
+
+
 def test_a_file_is_a_bit_a_weight_and_what_is_kept(tmp_path: Path) -> None:
     net = sparse("cifar/resnet32")
     save_packed(tmp_path / "packed", net.state_dict())

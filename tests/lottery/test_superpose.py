@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import refused
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -221,6 +222,26 @@ def test_what_cannot_be_superposed_is_refused(changes: dict[str, Any], message: 
 def test_cycles_say_what_they_may_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(TostError, match=f"^{message}: expected"):
         Cycles(**settings)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "said"),
+    [(80, "in [0, 1), got 80.0; 80 % is written 0.8"), (-0.1, "in [0, 1), got -0.1; "), (True, "a number, got True; "),
+     (None, "got None")],
+)  # fmt: skip
+def test_a_sparsity_that_is_none_is_said(sparsity: Any, said: str) -> None:
+    ticket = {"w": torch.tensor([4.0, 0.0])}
+    refused(lambda: superpose([ticket], [Mask.from_zeros(ticket)], sparsity), "superpose: sparsity: expected ", said)
+
+
+def test_what_is_no_ticket_is_said() -> None:
+    net = nn.Linear(2, 2)
+    mask = Mask.from_zeros({"weight": net.weight})
+    others: list[Any] = [net, {"weight": net.weight.detach().numpy()}]
+    for ticket in others:
+        refused(lambda ticket=ticket: superpose([ticket], [mask], 0.0), "superpose: expected state dicts, got ")
+    alike = superpose([net.state_dict()], [{"weight": torch.ones(2, 2)}], 0.0)[1]  # type: ignore[list-item]
+    assert alike == mask
 
 
 def test_the_page_s_loop_of_one_s_own_runs() -> None:

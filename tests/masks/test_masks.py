@@ -52,6 +52,14 @@ def test_difference_and_overlap_by_hand() -> None:
     assert a.overlap(empty) == 0
 
 
+def test_a_dict_of_zeros_and_ones_is_compared_like_a_mask() -> None:
+    mask, other = Mask({"x": torch.tensor([1, 1, 0, 0])}), {"x": torch.tensor([0.0, 1.0, 1.0, 0.0])}
+    sparse = {"x": other["x"].to_sparse()}
+    assert Mask(sparse) == Mask.from_zeros(sparse) == Mask(other)
+    for given in (other, sparse):
+        assert mask.overlap(given) == 1 / 3 and (mask - given)["x"].tolist() == [True, False, False, False]
+
+
 @pytest.mark.parametrize("other", [Mask({"y": torch.ones(4)}), Mask({"x": torch.ones(2, 2)})])
 def test_masks_of_different_layers_are_not_compared(other: Mask) -> None:
     mask = Mask({"x": torch.ones(4)})
@@ -92,6 +100,9 @@ def test_apply_changes_nothing_when_a_tensor_does_not_fit(wrong: dict[str, Tenso
     [
         ({}, "expected at least one layer, got none"),
         ({"a": [1, 0]}, "mask a: expected a tensor, got list"),
+        ({"a": torch.ones(2, device="meta")}, "mask a: expected numbers, got a tensor on the device meta"),
+        (torch.ones(2), "mask: expected names and their tensors, got tensor"),
+        (None, "mask: expected names and their tensors, got None"),
         ({"a": torch.tensor([0.5, 1])}, "expected only 0 and 1, got other values"),
         ({"a": torch.tensor([float("nan"), 1])}, "expected only 0 and 1, got other values"),
     ],
@@ -270,10 +281,15 @@ def test_dense_and_from_zeros() -> None:
         (lambda mask, net: Mask({3: torch.ones(2)}), "mask: expected names and their tensors, got the keys 3; "),
         (lambda mask, net: mask - 3, "mask: expected names and their tensors, got 3; "),
         (lambda mask, net: mask.overlap(None), "mask: expected names and their tensors, got None; "),
+        (lambda mask, net: mask - {"weight": 0.5 * torch.eye(2)}, "mask weight: expected only 0 and 1, got other values; "),
+        (lambda mask, net: mask.fit(net), "mask: expected names and their tensors, got Linear("),
+        *[(lambda mask, net, call=call: call(mask, {"weight": torch.eye(2).numpy()}), "mask weight: expected a tensor, got nda")
+          for call in (Mask.apply_, Mask.fit, Mask.overlap, lambda _, of: Mask.dense(of), lambda _, of: Mask.from_zeros(of))],
         (lambda mask, net: mask.save(3), "mask file: expected a path, got 3; "),
         (lambda mask, net: Mask.load(None), "mask file: expected a path, got None; "),
     ],
-    ids=["apply_", "dense", "from_zeros", "keys", "minus", "overlap", "save", "load"],
+    ids=["apply_", "dense", "from_zeros", "keys", "minus", "overlap", "halves", "fit", "numpy apply_", "numpy fit",
+         "numpy overlap", "numpy dense", "numpy from_zeros", "save", "load"],
 )  # fmt: skip
 def test_what_is_no_mask_and_no_weights_is_said_in_one_line(call: Callable[[Mask, nn.Module], Any], said: str) -> None:
     net = nn.Linear(2, 2)

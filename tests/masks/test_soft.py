@@ -1,6 +1,7 @@
 """soft.py: major weights whole, minor ones in part, and sessions that change the minor ones alone."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +126,16 @@ def test_what_does_not_fit_is_refused() -> None:
         pass
     with pytest.raises(TostError, match=r"expected a mask of bools for w, got torch\.float32"):
         masks.soft({"w": torch.ones(2)}, 0)
+    with pytest.raises(TostError, match="expected a mask of bools for w, got list"):
+        masks.soft({"w": [True]})  # type: ignore[dict-item]
+    with pytest.raises(TostError, match="minors_only: expected an optimizer, got NoneType"):
+        minors_only(model, factors, None).__enter__()  # type: ignore[arg-type]
+    others: list[Any] = [{name: factor.numpy() for name, factor in factors.items()}, list(factors), optimizer]
+    for given in others:
+        with pytest.raises(TostError, match="minors_only: expected names and their tensors, got others"):
+            minors_only(model, given, optimizer).__enter__()
+        with pytest.raises(TostError, match="soften_: expected names and their tensors, got others"):
+            soften_({}, given)
     with pytest.raises(TostError, match="soften_: expected a tensor"):
         soften_({}, factors)
 

@@ -2,16 +2,20 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from command import refused
+from pydantic import TypeAdapter
 from torch import nn
 
-from tost_plugins import LotteryTicket, Recipe, Session, TostError, masks
+from tost_plugins import LotteryTicket, Mask, Recipe, Session, TostError, masks
 from tost_plugins.masks import MASKS
 from tost_plugins.masks.methods.lottery_ticket import LotteryTicket as TicketMethod
 from tost_plugins.tweaks import TWEAKS
 
 KNOWN = "er, erk, erk_plus, global, uniform, uniform_plus"
+NEEDED = {"sparsity": 0.5, "path": "mask.pt"}
 LIKE = "er, erk, erk_plus, global, like:KIND, uniform, uniform_plus"
 
 
@@ -25,8 +29,7 @@ LIKE = "er, erk, erk_plus, global, like:KIND, uniform, uniform_plus"
     ids=["misspelt", "wrong"],
 )
 def test_every_row_says_it_in_one_line(settings: type, fields: dict[str, Any], wrong: str) -> None:
-    needed = {"sparsity": 0.5, "path": "mask.pt"}.items()
-    fields = fields | {name: value for name, value in needed if name in settings.__dataclass_fields__}
+    fields = fields | {name: value for name, value in NEEDED.items() if name in settings.__dataclass_fields__}
     with pytest.raises(TostError) as caught:
         settings(**fields)
     assert str(caught.value).startswith(f"{settings.__name__}: {wrong}") and "\n" not in str(caught.value)
@@ -90,9 +93,42 @@ def test_what_is_no_recipe_is_said(given: Any) -> None:
         refused(lambda call=call: call(given), line)
 
 
-@pytest.mark.parametrize("seed", ["a", -1, 0.5])
+@pytest.mark.parametrize("seed", ["a", -1, 0.5, True, 2**64])
 def test_seeds_are_whole_numbers(seed: Any) -> None:
-    refused(
-        lambda: masks.find(nn.Linear(2, 2), "random", 0.5, seed=seed),
-        "masks.find(random): seed: expected a whole number",
+    line = "seed: expected a whole number from 0 to 2^64 - 1, got"
+    refused(lambda: masks.find(nn.Linear(2, 2), "random", 0.5, seed=seed), f"masks.find(random): {line}")
+    refused(lambda: masks.soft(Mask({"w": torch.ones(2)}), seed), f"soft: {line}")
+
+
+def test_seeds_may_be_numbers_of_numpy() -> None:
+    seeds: list[Any] = [3, np.int64(3)]
+    found = [masks.find(nn.Linear(4, 4), "random", 0.5, seed=seed) for seed in seeds]
+    assert found[0] == found[1]
+
+
+def numbers(schema: dict[str, Any]) -> list[str]:
+    """The fields that are numbers, by what editors are told of them."""
+    forms = {name: [field, *field.get("anyOf", ())] for name, field in schema["properties"].items()}
+    return [name for name, forms in forms.items() if any(f.get("type") in ("integer", "number") for f in forms)]
+
+
+@pytest.mark.parametrize("settings", [*MASKS.values(), *TWEAKS.values()], ids=lambda s: s.__name__)
+def test_true_is_no_number(settings: type) -> None:
+    needed = {name: value for name, value in NEEDED.items() if name in settings.__dataclass_fields__}
+    for field in numbers(TypeAdapter[Any](settings).json_schema()):
+        refused(
+            lambda field=field: settings(**needed | {field: True}), f"{field}: expected a number, got True; YAML reads"
+        )
+
+
+@pytest.mark.parametrize("own", ["hides", "takes_step"])
+def test_what_a_class_says_of_itself_is_no_field(own: str) -> None:
+    given: dict[str, Any] = {"sparsity": 0.5, own: True}
+    calls = (
+        lambda: MASKS["dnw"](**given),
+        lambda: masks.find(nn.Linear(2, 2), "dnw", **given),
+        lambda: Recipe.from_dict({"mask": {"kind": "dnw", **given}}),
     )
+    for call in calls:
+        said = refused(call, f"{own}: expected no such key, got '{own}'; ")
+        assert own not in said.partition("; ")[2]

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command import refused
 from torch import nn
 
 from tost_plugins import Mask, Recipe, Session, TostError
 from tost_plugins.masks import MASKS
-from tost_plugins.recipe.recipe import shipped
+from tost_plugins.recipe.recipe import apply_changes, shipped
 from tost_plugins.training.clock import Time
 from tost_plugins.tweaks import TWEAKS
 
@@ -245,7 +246,7 @@ def test_an_unknown_key_is_an_error_at_every_level(path: tuple[Any, ...], near: 
 @pytest.mark.parametrize("kind", MASKS)
 def test_an_unknown_key_of_every_mask(kind: str) -> None:
     text = error_of({"mask": {"kind": kind, **required(MASKS[kind]), "percent": 90}})
-    known = ", ".join(sorted(MASKS[kind].__dataclass_fields__))
+    known = ", ".join(sorted(field.name for field in dataclasses.fields(MASKS[kind])))
     assert text == f"recipe unnamed: mask.percent: expected no such key, got 'percent'; known: {known}"
 
 
@@ -370,3 +371,24 @@ def test_a_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00name: x")
     with pytest.raises(TostError, match="expected YAML, got something unreadable"):
         Recipe.load(path)
+
+
+def test_a_key_without_a_value_is_to_be_left_away(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("mask: {kind: snip, sparsity: 0.5}\ndata:\n")
+    said = "data: expected keys and values, got None; write one, or leave the key away"
+    refused(lambda: Recipe.load(path), f"recipe {path}: {said}")
+
+
+@pytest.mark.parametrize("word", ["true", "yes", "on", "no"])
+@pytest.mark.parametrize(
+    "key",
+    ["seed", "data.batch_size", "data.limit", "optimizer.lr", "schedule.factor", "watch.batches", "mask.sparsity", "mask.batches",
+     "mask.allocation.0"],
+)  # fmt: skip
+def test_a_yes_is_no_number(word: str, key: str) -> None:
+    content = {"mask": {"kind": "snip", "sparsity": 0.5}, "watch": {"measures": ["in_degree"]}}
+    changed = apply_changes(content, [f"{key}={word}"])
+    refused(
+        lambda: Recipe.from_dict(changed), f"recipe unnamed: {key}: ".replace(".0:", ": 0:"), f"got {word != 'no'}; "
+    )

@@ -38,7 +38,7 @@ class Packed(NamedTuple):
 
 
 def save_packed(
-    path: Path,
+    path: str | Path,
     tensors: Mapping[str, Tensor],
     module_sizes: Mapping[str, Mapping[str, tuple[int, int]]] = MappingProxyType({}),
     pack: bool = True,
@@ -48,6 +48,11 @@ def save_packed(
     Reading them back gives the same bits, but for the sign of a zero. `module_sizes` are those of a compact network, see
     `sizes.changed`. Without `pack` all tensors are written as they are, for every reader of safetensors.
     """
+    path = Path(path)
+    if not isinstance(tensors, Mapping):
+        raise TostError(
+            f"packed file {path}: expected a state dict, got {type(tensors).__name__}; pass model.state_dict()"
+        )
     content: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for name, tensor in tensors.items():

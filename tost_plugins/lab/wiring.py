@@ -34,7 +34,8 @@ def of_model(mask: Mask, name: str, side: int) -> Connectivity:
     shapes = [kept.shape for kept in mask.values()]
     if len(shapes[0]) != 4 or len(shapes[-1]) < 2:
         raise TostError(
-            f"--model: expected a mask of a network for images, got a first layer of shape {tuple(shapes[0])}"
+            f"--model: expected a mask of a network for images, got a first layer of shape {tuple(shapes[0])}; "
+            f"leave --model away"
         )
     channels = shapes[0][1]
     model = models.build(name, shapes[-1][0], channels)

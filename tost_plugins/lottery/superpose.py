@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from tost_plugins.errors import TostError
+from tost_plugins.errors import TostError, from_pydantic, shown
 from tost_plugins.masks.allocation import kept_count
+from tost_plugins.masks.base import Sparsity
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scoring import wide
 from tost_plugins.masks.topk import top_mask
@@ -39,8 +41,8 @@ def superpose(
     numbers are averaged over all tickets; integers and bools, such as a batch norm's count of its batches, are the last
     ticket's. The statistics of batch norms are those of other weights then, and have to be estimated again:
     `torch.optim.swa_utils.update_bn(train_loader, model)`. `sparsity` in [0, 1), 0 is dense. Nothing that is given is changed.
-    Raises TostError without tickets, where they or their masks are of different networks, on numbers that are not finite, and
-    where the tickets together keep fewer weights than asked for.
+    Raises TostError on a sparsity outside of that, without tickets, where they or their masks are of different networks, on
+    numbers that are not finite, and where the tickets together keep fewer weights than asked for.
 
     Paper: Yin et al., Superposing Many Tickets into One: A Performance Booster for Sparse Neural Network Training, UAI 2022.
     Differs from the paper: the count is exact.
@@ -51,6 +53,7 @@ def superpose(
         >>> network["w"].tolist()
         [3.0, 0.0, -2.0, 0.0]
     """
+    sparsity, masks = _sparsity(sparsity), [mask if isinstance(mask, Mask) else Mask(mask) for mask in masks]
     _check(tickets, masks)
     counts = {name: torch.stack([mask[name] for mask in masks]).sum(0) for name in masks[0]}
     found = {name: _averaged([ticket[name] for ticket in tickets], counts.get(name)) for name in tickets[0]}
@@ -66,6 +69,13 @@ def superpose(
     return found, mask
 
 
+def _sparsity(value: float) -> float:
+    try:
+        return TypeAdapter(dict[str, Sparsity]).validate_python({"sparsity": value})["sparsity"]
+    except ValidationError as error:
+        raise from_pydantic("superpose", error) from None
+
+
 def _averaged(values: Sequence[Tensor], count: Tensor | None) -> Tensor:
     """The mean, over those that keep a weight where that is counted: removed ones are 0, and so add nothing."""
     if not values[0].is_floating_point() and not values[0].is_complex():
@@ -79,6 +89,8 @@ def _check(tickets: Sequence[Mapping[str, Tensor]], masks: Sequence[Mask]) -> No
     if not tickets or len(tickets) != len(masks):
         raise TostError(f"superpose: expected a mask for each of the tickets, got {len(masks)} and {len(tickets)}")
     for ticket, mask in zip(tickets, masks, strict=True):
+        if not isinstance(ticket, Mapping) or not all(isinstance(value, Tensor) for value in ticket.values()):
+            raise TostError(f"superpose: expected state dicts, got {shown(ticket)}; give model.state_dict() of each")
         if {name: value.shape for name, value in ticket.items()} != {n: v.shape for n, v in tickets[0].items()}:
             raise TostError("superpose: expected tickets of one network, got others; give the state dicts of one run")
         if list(mask) != list(masks[0]):

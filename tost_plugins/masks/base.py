@@ -13,6 +13,7 @@ from torch import Tensor
 from tost_plugins.errors import shown, unknown
 from tost_plugins.masks.mask import Mask
 from tost_plugins.training.clock import Clock
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.task import Task
 
 #: How every method is declared: `@pydantic.dataclasses.dataclass(frozen=True, config=STRICT, kw_only=True)`.
@@ -28,7 +29,7 @@ def _check_sparsity(value: float) -> float:
 
 #: Share of removed weights: 0 is dense, 0.9 keeps every tenth weight; 1 (no weights) is an error.
 Sparsity = Annotated[
-    float, AfterValidator(_check_sparsity), Field(json_schema_extra={"minimum": 0, "exclusiveMaximum": 1})
+    float, AfterValidator(_check_sparsity), Field(json_schema_extra={"minimum": 0, "exclusiveMaximum": 1}), NUMBER
 ]
 
 #: The rules that share weights out, by name.

@@ -9,13 +9,14 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from tost_plugins.errors import TostError, from_pydantic, shown, unknown
+from tost_plugins.errors import TostError, from_pydantic, unknown
 from tost_plugins.masks import connected
 from tost_plugins.masks.base import MaskMethod, Moving, WithWeights
 from tost_plugins.masks.card import told
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods import MASKS
-from tost_plugins.training import ranks
+from tost_plugins.training import ranks, seeds
+from tost_plugins.training.by_hand import names
 from tost_plugins.training.calling import call
 from tost_plugins.training.log import say
 from tost_plugins.training.params import prunable, unwrap
@@ -59,13 +60,11 @@ def find(
     try:
         if not isinstance(model, nn.Module):
             raise TostError(f"model: expected a torch.nn.Module, got {type(model).__name__}; pass the network")
-        if not isinstance(seed, int) or seed < 0:
-            raise TostError(f"seed: expected a whole number of 0 or more, got {shown(seed)}; write seed=0")
-        method = _method(kind, options)
+        seed, method = seeds.given(seed), _method(kind, options)
         task = Task(unwrap(model), prunable(unwrap(model), method.ignore), batches, loss_fn, forward, criterion)
         return run(method, task, seed)
     except ValidationError as error:
-        raise from_pydantic(where, error, keys={"": MASKS[str(kind)].__dataclass_fields__}) from None
+        raise from_pydantic(where, error, keys={"": names(MASKS[str(kind)])}) from None
     except TostError as error:
         raise error.at(where) from None
 

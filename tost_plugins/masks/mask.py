@@ -46,9 +46,9 @@ class Mask(Mapping[str, Tensor]):
     about: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        _check_named(tensors)
         if not tensors:
             raise TostError("mask: expected at least one layer, got none; check the source of the mask")
-        _check_named(tensors)
         self._tensors = {name: _as_bool(name, tensor) for name, tensor in by_clean_name(tensors).items()}
 
     @classmethod
@@ -61,7 +61,7 @@ class Mask(Mapping[str, Tensor]):
     def from_zeros(cls, params: Mapping[str, Tensor]) -> Mask:
         """False where a weight is exactly 0, True elsewhere."""
         _check_named(params)
-        return cls({name: param.detach() != 0 for name, param in params.items()})
+        return cls({name: _numbers(name, param) != 0 for name, param in params.items()})
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
@@ -139,9 +139,9 @@ class Mask(Mapping[str, Tensor]):
         """Share of removed weights, layer by layer."""
         return {name: 1 - density(mask) for name, mask in self.items()}
 
-    def overlap(self, other: Mask) -> float:
+    def overlap(self, other: Mapping[str, Tensor]) -> float:
         """Intersection over union of the kept weights: 1 for equal masks, 0 for disjoint ones."""
-        self._same_layers(other)
+        other = self._same_layers(other)
         both = sum(int((mask & other[name]).sum()) for name, mask in self.items())
         either = sum(int((mask | other[name]).sum()) for name, mask in self.items())
         return both / either if either else 1.0
@@ -149,6 +149,7 @@ class Mask(Mapping[str, Tensor]):
     def fit(self, params: Mapping[str, Tensor], known: Mapping[str, Tensor] | None = None) -> Mask:
         """This mask cut to the layers of `params`; raises TostError on a missing or misshapen layer, and on a layer
         with zeros that is in neither `params` nor `known` (other tensors of the same model that need no mask)."""
+        _check_named(params)
         for name, param in params.items():
             if name not in self._tensors:
                 raise TostError(
@@ -194,8 +195,8 @@ class Mask(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def __sub__(self, other: Mask) -> Mask:
-        self._same_layers(other)
+    def __sub__(self, other: Mapping[str, Tensor]) -> Mask:
+        other = self._same_layers(other)
         return Mask({name: mask & ~other[name] for name, mask in self.items()})
 
     def __eq__(self, other: object) -> bool:
@@ -208,10 +209,11 @@ class Mask(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"Mask({len(self)} layers, {self.kept:,} of {self.size:,} weights kept, sparsity {self.sparsity:.4f})"
 
-    def _same_layers(self, other: Mask) -> None:
-        _check_named(other)
+    def _same_layers(self, other: Mapping[str, Tensor]) -> Mask:
+        other = other if isinstance(other, Mask) else Mask(other)
         if {n: m.shape for n, m in self.items()} != {n: m.shape for n, m in other.items()}:
             raise TostError("mask: expected two masks of the same layers, got different ones; compare like with like")
+        return other
 
 
 def density(mask: Tensor) -> float:
@@ -225,6 +227,11 @@ def _check_named(tensors: Any) -> None:
         raise TostError(
             f"mask: expected names and their tensors, got {got}; pass dict(model.named_parameters()), or a mask"
         )
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TostError(
+                f"mask {name}: expected a tensor, got {type(tensor).__name__}; convert it with torch.as_tensor"
+            )
 
 
 def _check_path(path: Any) -> None:
@@ -232,15 +239,22 @@ def _check_path(path: Any) -> None:
         raise TostError(f"mask file: expected a path, got {shown(path)}; write 'mask.safetensors', say")
 
 
+def _numbers(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        raise TostError(
+            f"mask {name}: expected numbers, got a tensor on the device meta, which has none; load them first"
+        )
+    return tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+
+
 def _as_bool(name: str, tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise TostError(f"mask {name}: expected a tensor, got {type(tensor).__name__}; convert it with torch.as_tensor")
+    tensor = _numbers(name, tensor)
     if tensor.dtype != torch.bool and not only_0_and_1(tensor):
         raise TostError(
             f"mask {name}: expected only 0 and 1, got other values; pass the mask, not the weights "
             f"(Mask.from_zeros takes weights)"
         )
-    return (comparable(whole(tensor.detach())) != 0).to(device="cpu", copy=True).contiguous()
+    return (comparable(whole(tensor)) != 0).to(device="cpu", copy=True).contiguous()
 
 
 def _ordered(file: bytes) -> bytes:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tost_plugins.errors import TostError
+from tost_plugins.training import seeds
 from tost_plugins.training.params import clean_name, matches, some
 
 
@@ -30,11 +31,15 @@ def soft(mask: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
     """
     if not isinstance(mask, Mapping):
         raise TostError(f"soft: expected a mask (name -> tensor), got {type(mask).__name__}; see masks.find")
-    generator = torch.Generator().manual_seed(seed)
+    try:
+        generator = torch.Generator().manual_seed(seeds.given(seed))
+    except TostError as error:
+        raise error.at("soft") from None
     found = {}
     for name, kept in mask.items():
-        if kept.dtype != torch.bool:
-            raise TostError(f"soft: expected a mask of bools for {name}, got {kept.dtype}; pass a Mask")
+        if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
+            got = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__
+            raise TostError(f"soft: expected a mask of bools for {name}, got {got}; pass a Mask")
         found[name] = torch.rand(kept.shape, generator=generator).masked_fill_(kept.cpu(), 1)
     return found
 
@@ -83,6 +88,8 @@ def minors_only(
     """
     params = {clean_name(name): param for name, param in model.named_parameters()}
     _check("minors_only", params, factors)
+    if not isinstance(optimizer, Optimizer):
+        raise TostError(f"minors_only: expected an optimizer, got {type(optimizer).__name__}; pass the one that steps")
     free = _free(params, factors, (also,) if isinstance(also, str) else also)
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     if missing := [name for name in factors if id(params[name]) not in held]:
@@ -126,6 +133,15 @@ def _free(params: Mapping[str, nn.Parameter], factors: Mapping[str, Tensor], als
 
 
 def _check(where: str, tensors: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> None:
+    given = (
+        [*tensors.values(), *factors.values()]
+        if isinstance(factors, Mapping) and isinstance(tensors, Mapping)
+        else [None]
+    )
+    if not all(isinstance(each, Tensor) for each in given):
+        raise TostError(
+            f"{where}: expected names and their tensors, got others; pass named parameters, and masks.soft(mask)"
+        )
     for name, factor in factors.items():
         if name not in tensors or tensors[name].shape != factor.shape:
             raise TostError(

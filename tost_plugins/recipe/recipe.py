@@ -25,7 +25,9 @@ from tost_plugins.recipe import plain_yaml
 from tost_plugins.session.norms_alone import Train
 from tost_plugins.session.session import Session
 from tost_plugins.session.watch.watch import Watch, WatchField
+from tost_plugins.training.by_hand import names
 from tost_plugins.training.clock import Time, TimeField
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.tweaks import TWEAKS
 
 DEFAULT = "tost_any_mask"
@@ -66,21 +68,21 @@ class DataSpec(_Strict):
 
     name: Literal["digits", "cifar10", "cifar100", "folder"] = "digits"
     path: Annotated[str, Field(max_length=4096)] | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None
-    validation: Annotated[int, Field(ge=0)] = 0
-    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 128
+    limit: Annotated[int, Field(ge=1), NUMBER] | None = None
+    validation: Annotated[int, Field(ge=0), NUMBER] = 0
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000), NUMBER] = 128
     augment: bool = True
-    image_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    image_size: Annotated[int, Field(ge=1, le=4096), NUMBER] | None = None
 
 
 class OptimizerSpec(_Strict):
     """How to step: SGD with momentum, or AdamW (which ignores momentum and nesterov)."""
 
     kind: Literal["sgd", "adamw"] = "sgd"
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1), NUMBER] = 0.9
     nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2e-4
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False), NUMBER] = 2e-4
 
 
 class ScheduleSpec(_Strict):
@@ -89,7 +91,7 @@ class ScheduleSpec(_Strict):
 
     kind: Literal["steps", "cosine", "constant"] = "cosine"
     at: tuple[TimeField, ...] = ()
-    factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    factor: Annotated[float, Field(gt=0, le=1), NUMBER] = 0.1
     warmup: TimeField = Time(0, "ba")
 
 
@@ -101,7 +103,7 @@ _SPECS: dict[str, type[BaseModel]] = {
     "watch": Watch,
 }
 _KEYS: dict[str, Iterable[str]] = {key: spec.model_fields for key, spec in _SPECS.items()}
-_KEYS |= {kind: settings.__dataclass_fields__ for kind, settings in (MASKS | TWEAKS).items()}
+_KEYS |= {kind: names(settings) for kind, settings in (MASKS | TWEAKS).items()}
 
 
 class Recipe(_Strict):
@@ -117,7 +119,7 @@ class Recipe(_Strict):
 
     name: Annotated[str, Field(max_length=200)] = "unnamed"
     source: Annotated[str, Field(max_length=2000)] = ""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what numpy, and so every trainer, takes
+    seed: Annotated[int, Field(ge=0, lt=2**32), NUMBER] = 0  # what numpy, and so every trainer, takes
     mask: MaskField  # type: ignore[valid-type]
     tweaks: tuple[TweakField, ...] = ()  # type: ignore[valid-type]
     compact: bool = False
@@ -136,7 +138,8 @@ class Recipe(_Strict):
         """Check and build; raises TostError that names the key, the value and the remedy."""
         if not isinstance(content, Mapping):
             raise TostError(f"{where or 'recipe'}: expected keys and values, got {content!r}; see tost recipes show")
-        where = where or f"recipe {content.get('name', 'unnamed')}"
+        name = content.get("name")
+        where = where or f"recipe {name if isinstance(name, str) else 'unnamed'}"
         try:
             recipe = cls.model_validate(dict(content))
         except ValidationError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -10,6 +11,17 @@ from pydantic import ValidationError
 from tost_plugins.errors import from_pydantic
 
 C = TypeVar("C", bound=type)
+
+
+def names(settings: type) -> list[str]:
+    """The names of its fields: those that somebody may give.
+
+    Example:
+        >>> from tost_plugins.masks.methods.dnw import Dnw
+        >>> names(Dnw)  # and not what the class says of itself
+        ['kind', 'sparsity', 'allocation', 'ignore', 'on_collapse', 'freeze']
+    """
+    return [field.name for field in fields(settings)]
 
 
 def worded(settings: C) -> C:
@@ -30,7 +42,7 @@ def worded(settings: C) -> C:
         try:
             init(self, *args, **kwargs)
         except ValidationError as error:
-            raise from_pydantic(type(self).__name__, error, keys={"": settings.__dataclass_fields__}) from None
+            raise from_pydantic(type(self).__name__, error, keys={"": names(settings)}) from None
 
     settings.__init__ = __init__  # type: ignore[misc]
     return settings

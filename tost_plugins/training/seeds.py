@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import operator
+from typing import Any
 
 import torch
+
+from tost_plugins.errors import TostError, shown
+
+_BELOW = 2**64  # what torch's generators take
+
+
+def given(seed: Any) -> int:
+    """A seed that somebody gives; raises TostError for what is no whole number from 0 to 2^64 - 1.
+
+    Example:
+        >>> given(3)
+        3
+    """
+    try:
+        number = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < _BELOW:
+        raise TostError(f"seed: expected a whole number from 0 to 2^64 - 1, got {shown(seed)}; write seed=0")
+    return number
 
 
 def generator(*key: int) -> torch.Generator:

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
 from tost_plugins.training.clock import Clock
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.task import Task
 
 #: How every tweak is declared: `@pydantic.dataclasses.dataclass(frozen=True, config=STRICT, kw_only=True)`.
@@ -51,7 +52,7 @@ class Tweak:
 
     kind: Any
     optional: bool = False
-    least_steps: Annotated[int, Field(ge=0)] = 0
+    least_steps: Annotated[int, Field(ge=0), NUMBER] = 0
 
     def attach(self, model: nn.Module, seed: int, ignore: Sequence[str] = ()) -> None:
         """Change the structure, but not yet the forward pass; raises Inapplicable, with the model unchanged, if there is

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tost_plugins.errors import Inapplicable, TostError
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.tweaks.base import STRICT, Tweak
 
 #: What torch's cross_entropy takes, in order; nll_loss takes the same but for the last.
@@ -212,4 +213,4 @@ class LabelSmoothing(Tweak):
     """
 
     kind: Literal["label_smoothing"] = "label_smoothing"
-    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    alpha: Annotated[float, Field(ge=0, lt=1), NUMBER] = 0.1

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from tost_plugins.errors import Inapplicable
 from tost_plugins.training.clock import Time, TimeField
 from tost_plugins.training.log import say
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.params import some
 from tost_plugins.training.sharding import local
 from tost_plugins.training.task import Task
 from tost_plugins.tweaks.base import STRICT, Step, Tweak
 
-_Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Positive = Annotated[float, Field(ge=0, allow_inf_nan=False), NUMBER]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -49,7 +50,7 @@ class Multiplicative(Tweak):
     optional: bool = False
     strength: _Positive = 10.0
     decay: _Positive = 1e-3
-    most: Annotated[float, Field(gt=0, le=5)] = 0.05
+    most: Annotated[float, Field(gt=0, le=5), NUMBER] = 0.05
     warmup: TimeField = Time(0.05, "dur")
 
     def attach(self, model: nn.Module, seed: int, ignore: Sequence[str] = ()) -> None:

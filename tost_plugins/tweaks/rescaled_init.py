@@ -16,13 +16,14 @@ from tost_plugins.errors import Inapplicable, TostError
 from tost_plugins.training import ranks
 from tost_plugins.training.batches import size_of
 from tost_plugins.training.log import say, shown
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.params import clean_name, plain_modules
 from tost_plugins.training.task import Task, untouched
 from tost_plugins.tweaks.base import STRICT, Tweak
 from tost_plugins.tweaks.look_ahead import Look, Objective, masked, placed
 
-_Positive = Annotated[float, Field(gt=0)]
-_Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0), NUMBER]
+_Finite = Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER]
 
 #: How many iterations there are at most where nobody says it, what one costs in training steps (at most: where the optimizer is
 #: cheap and the machine busy), and what share of a run's steps all of them may cost.
@@ -117,11 +118,11 @@ class RescaledInit(Tweak):
     """
 
     kind: Literal["rescaled_init"] = "rescaled_init"
-    iterations: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    iterations: Annotated[int, Field(ge=1, le=100_000), NUMBER] | None = None
     learning_rate: _Finite | None = None
     look_ahead: _Finite = 0.1
     norm: _Positive = 1.0
-    min_scale: Annotated[float, Field(gt=0, le=1)] = 0.01
+    min_scale: Annotated[float, Field(gt=0, le=1), NUMBER] = 0.01
     clip: _Positive = 1.0
 
     def look(self, task: Task) -> None:

@@ -16,6 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from tost_plugins.errors import Inapplicable
 from tost_plugins.training.clock import Clock, TimeField
 from tost_plugins.training.log import say
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.params import clean_name, owners, plain_modules, prunable, some
 from tost_plugins.training.sharding import whole
 from tost_plugins.tweaks.base import STRICT, Step, Tweak
@@ -85,7 +86,7 @@ class Sharpness(Tweak):
     """
 
     kind: Literal["sharpness"] = "sharpness"
-    rho: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
+    rho: Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER] = 0.05
     until: TimeField | None = None
 
     def attach(self, model: nn.Module, seed: int, ignore: Sequence[str] = ()) -> None:

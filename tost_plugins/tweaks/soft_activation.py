@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from tost_plugins.errors import Inapplicable
 from tost_plugins.training.clock import Clock, Time, TimeField
 from tost_plugins.training.functions import IN_PLACE, RELUS, Instead
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.params import device_of, plain_modules
 from tost_plugins.training.schedules import SCHEDULES
 from tost_plugins.tweaks.base import STRICT, Tweak
@@ -168,7 +169,7 @@ class SoftActivation(Tweak):
     kind: Literal["soft_activation"] = "soft_activation"
     until: TimeField = Time(0.1, "dur")
     shape: Shape = "pswish"
-    beta: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.0, 100.0)
+    beta: tuple[Annotated[float, Field(gt=0), NUMBER], Annotated[float, Field(gt=0), NUMBER]] = (1.0, 100.0)
     schedule: Literal["constant", "linear", "cosine", "geometric"] = "geometric"
     layers: tuple[str, ...] = Field(("*",), min_length=1)
 

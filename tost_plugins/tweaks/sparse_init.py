@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tost_plugins.errors import Inapplicable
 from tost_plugins.training import ranks
 from tost_plugins.training.log import say
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.params import gates_of, is_transposed, owners
 from tost_plugins.training.task import Task
 from tost_plugins.tweaks.base import STRICT, Tweak
@@ -106,7 +107,7 @@ class SparseInit(Tweak):
 
     kind: Literal["sparse_init"] = "sparse_init"
     isometry: Literal["approximate"] | None = None
-    steps: Annotated[int, Field(ge=1, le=100_000)] = 300
+    steps: Annotated[int, Field(ge=1, le=100_000), NUMBER] = 300
 
     def look(self, task: Task) -> None:
         counted = max((int(n) for m in task.model.modules() if (n := _batches_of(m)) is not None), default=0)

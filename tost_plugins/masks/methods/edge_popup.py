@@ -15,6 +15,7 @@ from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.topk import count_true, top_k, top_mask
 from tost_plugins.training.clock import Clock, Time, TimeField
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.task import Task
 
 
@@ -56,9 +57,9 @@ class EdgePopup:
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
     weights: Literal["signed_constant", "own"] = "signed_constant"
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1), NUMBER] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False), NUMBER] = 1e-4
     until: TimeField = Time(1, "dur")
 
     @field_validator("allocation")

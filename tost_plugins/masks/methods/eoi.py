@@ -15,6 +15,7 @@ from tost_plugins.masks.base import STRICT, Allocation, OnCollapse, Sparsity
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.topk import top_k, top_mask
 from tost_plugins.training.log import say
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.params import gates_of, owners, some
 from tost_plugins.training.task import Task
 
@@ -97,7 +98,7 @@ class Eoi:
     sparsity: Sparsity
     allocation: Allocation = "erk"
     weights: Literal["orthogonal", "network"] = "orthogonal"
-    gain: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    gain: Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER] = 1.0
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
 

@@ -24,6 +24,7 @@ from tost_plugins.training import ranks
 from tost_plugins.training.batches import walk
 from tost_plugins.training.calling import loss_of, main_of, own_loss
 from tost_plugins.training.functions import SMOOTHER, Instead, backward_only
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.task import Task, untouched
 
 
@@ -58,8 +59,8 @@ class Grasp:
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
     budget: Budget = "kept"
-    per_class: Annotated[int, Field(ge=1, le=100_000)] = 10
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 200.0
+    per_class: Annotated[int, Field(ge=1, le=100_000), NUMBER] = 10
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER] = 200.0
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """The mask; raises TostError without batches with one class per sample, on a loss or gradient that

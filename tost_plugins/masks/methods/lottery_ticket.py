@@ -18,6 +18,7 @@ from tost_plugins.masks.restart import KeptWeights, restart
 from tost_plugins.masks.ticket_scores import TicketScore, ticket_score
 from tost_plugins.masks.topk import check_finite, choose, split, tell
 from tost_plugins.training.clock import Clock, Time
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.task import Task
 
 LEARNING_RATE = "learning_rate"
@@ -82,7 +83,7 @@ class LotteryTicket:
 
     kind: Literal["lottery_ticket"] = "lottery_ticket"
     sparsity: Sparsity
-    prune: Annotated[float, Field(ge=0.001, lt=1)] = 0.2
+    prune: Annotated[float, Field(ge=0.001, lt=1), NUMBER] = 0.2
     rewind: Rewind = Time(0, "ba")
     score: TicketScore = "large_final"
     weights: KeptWeights = "own"

@@ -14,6 +14,7 @@ from tost_plugins.masks.like import Shares
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods.set import Set
 from tost_plugins.masks.topk import top_k
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.params import gates_of, owners
 from tost_plugins.training.task import Task
 
@@ -40,7 +41,7 @@ class Selfish(Set):
 
     kind: Literal["selfish"] = "selfish"  # type: ignore[assignment]
     allocation: Shares = "uniform"
-    drop: Annotated[float, Field(gt=0, le=1)] = 0.7
+    drop: Annotated[float, Field(gt=0, le=1), NUMBER] = 0.7
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """A random mask, alike in all gates of a layer; raises TostError as that of `Set` does."""

@@ -18,6 +18,7 @@ from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.methods.random import Random
 from tost_plugins.masks.topk import count_true, drop_and_grow
 from tost_plugins.training.clock import Clock, Time, TimeField
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.params import some
 from tost_plugins.training.task import Task
 
@@ -58,7 +59,7 @@ class Set:
     on_collapse: OnCollapse = "error"
     every: TimeField = Time(100, "ba")
     until: TimeField = Time(0.75, "dur")
-    drop: Annotated[float, Field(gt=0, le=1)] = 0.3
+    drop: Annotated[float, Field(gt=0, le=1), NUMBER] = 0.3
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """A random mask; raises TostError on a frozen layer, whose grown weights would stay 0."""

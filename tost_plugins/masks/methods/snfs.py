@@ -15,6 +15,7 @@ from tost_plugins.masks.methods.set import Set
 from tost_plugins.masks.scoring import wide
 from tost_plugins.masks.topk import count_true, top_k
 from tost_plugins.training.clock import Clock, Time, TimeField
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.schedules import cosine
 
 _LAST = 0.005  # the share that moves at the end
@@ -52,8 +53,8 @@ class Snfs(Set):
     kind: Literal["snfs"] = "snfs"  # type: ignore[assignment]
     every: TimeField = Time(1, "ep")
     until: TimeField = Time(1, "dur")
-    drop: Annotated[float, Field(gt=0, le=1)] = 0.5
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    drop: Annotated[float, Field(gt=0, le=1), NUMBER] = 0.5
+    momentum: Annotated[float, Field(ge=0, lt=1), NUMBER] = 0.9
 
     @property
     def average_keeps(self) -> float:

@@ -13,6 +13,7 @@ from tost_plugins.masks.base import STRICT, Allocation, Budget, OnCollapse, Spar
 from tost_plugins.masks.budget import chosen
 from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scoring import gradient, weights_to_score, wide
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.task import Task, untouched
 
 
@@ -45,7 +46,7 @@ class Snip:
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
     budget: Budget = "kept"
-    batches: Annotated[int, Field(ge=1, le=100_000)] = 1
+    batches: Annotated[int, Field(ge=1, le=100_000), NUMBER] = 1
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:
         """The mask; raises TostError without batches, on a loss or gradient that is not finite, on a weight

@@ -22,6 +22,7 @@ from tost_plugins.masks.scoring import derivative, weights_to_score
 from tost_plugins.masks.topk import choose, count_true, counts, dense_layers, split, tell, tell_ties, tied
 from tost_plugins.training.functions import Instead
 from tost_plugins.training.log import shown
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.task import Task, untouched
 
 
@@ -34,7 +35,9 @@ def _check_size(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 _Shape = Annotated[
-    tuple[Annotated[int, Field(ge=1, le=10**8)], ...], Field(min_length=1, max_length=8), AfterValidator(_check_size)
+    tuple[Annotated[int, Field(ge=1, le=10**8), NUMBER], ...],
+    Field(min_length=1, max_length=8),
+    AfterValidator(_check_size),
 ]
 
 
@@ -71,7 +74,7 @@ class SynFlow:
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
     budget: Budget = "kept"
-    rounds: Annotated[int, Field(ge=1, le=100_000)] = 100
+    rounds: Annotated[int, Field(ge=1, le=100_000), NUMBER] = 100
     input_shape: _Shape | None = None
 
     def start(self, task: Task, generator: torch.Generator) -> Mask:

@@ -15,6 +15,7 @@ from tost_plugins.masks.mask import Mask
 from tost_plugins.masks.scoring import wide
 from tost_plugins.masks.topk import count_true, top_k, top_mask
 from tost_plugins.training.clock import Clock, Time, TimeField
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.task import Task
 
 
@@ -55,7 +56,7 @@ class TopKast:
     ignore: tuple[str, ...] = ()
     on_collapse: OnCollapse = "error"
     every: TimeField = Time(100, "ba")
-    decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
+    decay: Annotated[float, Field(ge=0, allow_inf_nan=False), NUMBER] = 1e-4
 
     @field_validator("allocation")
     @classmethod

@@ -20,6 +20,7 @@ from tost_plugins.session.watch.in_degree import in_degree
 from tost_plugins.training import ranks
 from tost_plugins.training.batches import to_device
 from tost_plugins.training.clock import Clock, Time, TimeField
+from tost_plugins.training.numbers import NUMBER
 from tost_plugins.training.params import is_transposed, owners
 from tost_plugins.training.task import Task, untouched
 
@@ -60,7 +61,7 @@ class Watch(BaseModel):
     measures: Annotated[tuple[Measure, ...], Field(min_length=1)]
     every: TimeField = Time(1, "ep")
     out: str | None = None
-    batches: Annotated[int, Field(ge=1)] = 1
+    batches: Annotated[int, Field(ge=1), NUMBER] = 1
 
     def begin(self, task: Task, clock: Clock) -> Watcher:
         """A watcher for a run that starts, or goes on, at this clock."""
