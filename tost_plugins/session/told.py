@@ -66,6 +66,6 @@ class Told:
         return {"recipe": self.recipe.to_dict(), "state": self.state, "clock": clock}
 
     def saved_step(self: Any) -> int:
-        """The step that the model's own buffer holds: that of a loaded checkpoint; -1 before the first start. The last step, after
-        `finish`."""
+        """The step that the model's own buffer holds: that of a loaded checkpoint; -1 before the first start,
+        and the last step after `finish`."""
         return self.clock.step if self.state == "finished" else self.run.saved.step
