@@ -52,6 +52,14 @@ def test_train_refuses_a_used_folder_and_changes_nothing(tmp_path: Path) -> None
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
+def test_a_run_that_was_refused_before_its_first_step_leaves_the_folder_free(tmp_path: Path) -> None:
+    with pytest.raises(TostError, match="expected several rounds"):
+        tost("train", "lottery_quickstart", "--out", tmp_path / "run")
+    assert (tmp_path / "run/recipe.yaml").exists()
+    tost("train", "quickstart", *SMALL, "--out", tmp_path / "run", "--json")
+    assert "lottery" not in (tmp_path / "run/recipe.yaml").read_text()
+
+
 def test_a_folder_is_for_one_command_at_a_time(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     for command in ("train", "lottery", "superpose"):

@@ -132,9 +132,14 @@ def environment() -> dict[str, str]:
     return found
 
 
+#: What a folder holds before the first step.
+_BEFORE = {"recipe.yaml", "environment.json", "lock"}
+
+
 def check_out(out: Path, recipe: Recipe, resume: bool) -> None:
-    """Raise TostError unless the folder is new, or holds a run of this very recipe that is to be resumed."""
-    if not (out / "recipe.yaml").exists():
+    """Raise TostError unless the folder is new, as is one whose run was refused before its first step, or holds a run of this
+    very recipe that is to be resumed."""
+    if not (out / "recipe.yaml").exists() or {path.name for path in out.iterdir()} <= _BEFORE:
         return
     if not resume:
         raise TostError(
