@@ -129,9 +129,11 @@ def _nodes(config: dict[str, int]) -> Iterator[tuple[Any, Any]]:
     temporary = tempfile.mkdtemp(prefix="r", dir="/tmp")
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": _STORE, "temp_dir": temporary}
     nodes = Nodes(initialize_head=True, head_node_args={**head, **({"_system_config": config} if config else {})})
-    yield nodes, [nodes.add_node(num_cpus=1, object_store_memory=_STORE) for _ in range(4)][-1]
-    nodes.shutdown()
-    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield nodes, [nodes.add_node(num_cpus=1, object_store_memory=_STORE) for _ in range(4)][-1]
+    finally:
+        nodes.shutdown()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _Killer:

@@ -153,11 +153,11 @@ def over(method: MaskMethod, at_work: Mapping[str, Any], clock: Clock, gone_back
 def fewer(method: MaskMethod, weights: MaskedWeights, clock: Clock) -> None:
     """Warn where a mask that moves has ended before it removed what it is to remove."""
     wanted, size = getattr(method, "sparsity", None), weights.size
-    frozen = getattr(weights, "frozen", [])
-    if not isinstance(method, Moving) or wanted is None or (method.settled(clock) and not frozen):
+    if not isinstance(method, Moving) or wanted is None or (method.settled(clock) and not weights.frozen):
         return
     if weights.count - round((1 - wanted) * size) > len(weights.weights):  # each layer may round up
-        layers = f"mask {method.kind} left {some(frozen, 3)} alone, which did not train when it moved; train them up to its end"
+        left = some(weights.frozen, 3)
+        layers = f"mask {method.kind} left {left} alone, which did not train when it moved; train them up to its end"
         why = layers if method.settled(clock) else f"mask {method.kind} was not there yet; train on"
         say(
             f"finish at step {clock.step}: the network keeps {weights.count:,} of {size:,} weights, where a sparsity of "

@@ -48,6 +48,7 @@ class MaskedWeights:
         self._mask: Mask | None = mask if isinstance(mask, Mask) else None  # None: made when somebody asks
         self._arrived: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # gradients as they were when last masked
         self.had_gradients = False  # since they are followed
+        self.frozen: list[str] = []  # layers that did not train when the mask last moved
         self.came: set[str] = set()  # weights for which a gradient has come since the last step
         self.passes, self._pass = 0, -1  # backward passes since the last step, and the last one's number
         self._looked_after = -1  # the backward pass whose end is waited for

@@ -43,7 +43,6 @@ class MovingWeights(MaskedWeights):
         self.changed: Tensor = getattr(model, buffers.CHANGED)
         self.clock = Clock()
         self._said = False  # that a mask had to be another one to connect
-        self.frozen: list[str] = []  # layers that did not train when the mask last moved
         self._total: Any = self._count  # how many weights are kept, on the device
         self._numbers: tuple[int, dict[str, float]] | None = None  # what is logged; None: it has moved since
         self._moved_at = -1  # the step at whose gradients the mask has moved: a closure may come by twice
