@@ -33,10 +33,10 @@ def measure(small: bool) -> Iterator[Row]:
     commands = {name: [sys.executable, "-c", code] for name, code in _CODE.items()}
     commands[_HELP] = [str(Path(sys.executable).with_name("tost")), "--help"]
     yield from timed("start-up", {name: functools.partial(_run, c) for name, c in commands.items()}, 2 if small else 15)
-    look = "import sys; from tost_plugins.cli import app; app(['--help'], standalone_mode=False); "
-    look += "sys.exit('torch' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", look], stdout=subprocess.DEVNULL, check=False).returncode
-    yield Row("start-up", "torch is imported", 0, found, "")
+    look = "import sys; from tost_plugins.lab.cli import app; app(['--help'], standalone_mode=False); "
+    look += "print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", look], stdout=subprocess.PIPE, text=True, check=True).stdout
+    yield Row("start-up", "torch is imported", 0, int(found.split()[-1] == "True"), "")
 
 
 def _run(command: list[str]) -> None:

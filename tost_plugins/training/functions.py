@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -62,14 +61,16 @@ def eager() -> AbstractContextManager[Any]:
 def checkpoints_run_once() -> Iterator[None]:
     """Within: what `torch.utils.checkpoint.checkpoint` is given is run plainly, and not again in the backward pass, which would
     see the module's own weights and change its statistics."""
-    before = {name: getattr(torch.utils.checkpoint, name) for name in _PLAINLY}
+    from torch.utils import checkpoint  # brings sympy, a fifth of what torch itself takes to import
+
+    before = {name: getattr(checkpoint, name) for name in _PLAINLY}
     try:
         for name, plainly in _PLAINLY.items():
-            setattr(torch.utils.checkpoint, name, plainly)
+            setattr(checkpoint, name, plainly)
         yield
     finally:
         for name, value in before.items():
-            setattr(torch.utils.checkpoint, name, value)
+            setattr(checkpoint, name, value)
 
 
 class _NoCheckpoint:

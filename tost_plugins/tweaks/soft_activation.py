@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tost_plugins.errors import Inapplicable
 from tost_plugins.training.clock import Clock, Time, TimeField
@@ -122,6 +121,8 @@ def _inplace(input: Any, inplace: bool = False) -> bool:
 
 def _in_checkpointed_function() -> bool:
     """Whether torch.utils.checkpoint stands between here and the module: then the function runs again without it."""
+    from torch.utils.checkpoint import checkpoint  # brings sympy, a fifth of what torch itself takes to import
+
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not SoftRoot.forward.__code__:
         if frame.f_code.co_filename == checkpoint.__code__.co_filename:
